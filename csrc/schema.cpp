@@ -1,0 +1,80 @@
+// Every operator of moe_ext, on one page. An implementation registers itself in
+// its stage's file (csrc/cpu/<stage>.cpp, csrc/cuda/<stage>.cpp); fakes and
+// gradients are in moe_ext/_ops.py; moe_ext/functional.py is the public face
+// and documents arguments and results.
+//
+// T tokens, H hidden size, I intermediate size, E experts, K top_k,
+// R = min(T*K, E*C*num_sequences) rows. The plan is
+//   expert_offsets (E+1), row_token (R), row_assignment (R),
+//   assignment_row (T, K), expert_counts (E), all int32.
+// A backward op takes one bool an output; an output that is masked out comes
+// back as an empty tensor of shape (0).
+
+#include <torch/library.h>
+
+// The experts' layout and activation: every op that runs experts takes these.
+#define FFN_OPTIONS                                                       \
+  "str activation=\"swiglu\", float? limit=None, float alpha=1.0, "       \
+  "float up_offset=0.0, bool transposed=False, bool interleaved=False"
+
+// The experts' parameters: up_proj is (E, 2I, H), or (E, I, H) when the
+// activation has no gate; down_proj is (E, H, I); `transposed` swaps the last two.
+#define EXPERT_PARAMETERS "Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias"
+
+TORCH_LIBRARY(moe_ext, m) {
+  // ---- router_logits: x (T, H), weight (E, H), bias (E) -> logits (T, E) float32
+  m.def("router_logits(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def(
+      "router_logits_backward(Tensor grad_logits, Tensor x, Tensor weight, bool[3] output_mask)"
+      " -> (Tensor, Tensor, Tensor)");
+
+  // ---- topk_route: logits (T, E) -> weights (T, K), experts (T, K) int32,
+  //      counts (E) int32, score_sums (E), logsumexp (T).
+  //      `experts` replays a recorded choice instead of choosing.
+  m.def(
+      "topk_route(Tensor logits, int top_k, Tensor? selection_bias=None, Tensor? padding_mask=None,"
+      " Tensor? experts=None, str score_function=\"softmax\", bool norm_topk_prob=True,"
+      " float routed_scaling_factor=1.0, int n_group=1, int topk_group=1, str group_score=\"max\")"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "topk_route_backward(Tensor? grad_weights, Tensor? grad_score_sums, Tensor? grad_logsumexp,"
+      " Tensor logits, Tensor experts, str score_function, bool norm_topk_prob,"
+      " float routed_scaling_factor) -> Tensor");
+
+  // ---- capacity_scatter: experts (T, K) -> the plan
+  m.def(
+      "capacity_scatter(Tensor experts, SymInt num_experts, SymInt? capacity=None,"
+      " Tensor? weights=None, Tensor? padding_mask=None, str drop_policy=\"choice\","
+      " SymInt num_sequences=1) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // ---- grouped_ffn: x (T, H) -> rows (R, H), preactivations (R, 2I or I)
+  m.def(
+      "grouped_ffn(Tensor x, Tensor expert_offsets, Tensor row_token, Tensor assignment_row, "
+      EXPERT_PARAMETERS ", " FFN_OPTIONS
+      ", bool keep_preactivations=True, bool batch_invariant=False) -> (Tensor, Tensor)");
+  m.def(
+      "grouped_ffn_backward(Tensor grad_rows, Tensor x, Tensor preactivations,"
+      " Tensor expert_offsets, Tensor row_token, Tensor assignment_row, "
+      EXPERT_PARAMETERS ", " FFN_OPTIONS
+      ", *, bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // ---- weighted_combine: rows (R, H), weights (T, K) -> (T, H)
+  m.def(
+      "weighted_combine(Tensor rows, Tensor weights, Tensor row_assignment, Tensor assignment_row)"
+      " -> Tensor");
+  m.def(
+      "weighted_combine_backward(Tensor grad, Tensor rows, Tensor weights, Tensor row_assignment,"
+      " Tensor assignment_row, bool[2] output_mask) -> (Tensor, Tensor)");
+
+  // ---- moe_forward: grouped_ffn and weighted_combine in one, keeping
+  //      only x and the preactivations -> y (T, H), preactivations (R, 2I or I)
+  m.def(
+      "moe_forward(Tensor x, Tensor weights, Tensor expert_offsets, Tensor row_token,"
+      " Tensor row_assignment, Tensor assignment_row, " EXPERT_PARAMETERS ", " FFN_OPTIONS
+      ", bool keep_preactivations=True, bool batch_invariant=False) -> (Tensor, Tensor)");
+  m.def(
+      "moe_backward(Tensor grad, Tensor x, Tensor weights, Tensor preactivations,"
+      " Tensor expert_offsets, Tensor row_token, Tensor row_assignment, Tensor assignment_row, "
+      EXPERT_PARAMETERS ", " FFN_OPTIONS
+      ", *, bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}

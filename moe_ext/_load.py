@@ -1,0 +1,2 @@
+import os
+BACKEND = os.environ.get("MOE_EXT_BACKEND", "reference")

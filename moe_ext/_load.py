@@ -1,2 +1,121 @@
+"""Finds the compiled library, checks that it fits this process, and loads it.
+
+A library that was compiled against another torch may load without a word and
+then misbehave. So what it was built with, which csrc/bindings.cpp leaves in it
+as one JSON string, is read from the file and compared first.
+
+MOE_EXT_BACKEND forces a path: `reference` (plain PyTorch; nothing is loaded),
+`cpu` or `cuda`. Unset, a tensor's device decides.
+"""
+
+import importlib
+import json
+import mmap
 import os
-BACKEND = os.environ.get("MOE_EXT_BACKEND", "reference")
+import platform
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parent
+BACKENDS = ("reference", "cpu", "cuda")
+
+_MARK = b"moe_ext build info: "
+
+
+def backend_from_environment():
+    """The path that MOE_EXT_BACKEND forces, or None."""
+    name = os.environ.get("MOE_EXT_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"MOE_EXT_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def rebuild_command():
+    if (PACKAGE.parent / "setup.py").exists():
+        return f"cd {PACKAGE.parent} && python setup.py build_ext --inplace"
+    return (
+        "pip install --no-build-isolation --no-deps --force-reinstall ."
+        " (in the folder of moe_ext's sources)"
+    )
+
+
+def find_library(folder=PACKAGE):
+    """The library for this Python, else one for another Python, else None."""
+    ours = [folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
+    return next((path for path in (*ours, *sorted(folder.glob("_C.*"))) if path.exists()), None)
+
+
+def read_build_info(library):
+    """What a library was built with, read from the file without loading it."""
+    with open(library, "rb") as file:
+        if os.fstat(file.fileno()).st_size:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                begin = text.find(_MARK)
+                if begin >= 0:
+                    begin += len(_MARK)
+                    return json.loads(text[begin : text.find(b"\0", begin)])
+    raise ImportError(
+        f"moe_ext: {library} does not say what it was built with, so it is damaged or not ours."
+        f" Rebuild it: {rebuild_command()}"
+    )
+
+
+def running():
+    """The counterpart of the build info: what runs in this process."""
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def mismatches(built, runs):
+    """One sentence for each thing in which a library does not fit the process."""
+
+    def release(version):  # without the local part: 2.13.0+cpu and 2.13.0 are one torch
+        return version.partition("+")[0]
+
+    def minor(version):
+        return version.split(".")[:2]
+
+    different = {
+        "torch": release(built["torch"]) != release(runs["torch"]),
+        "cuda": built["cuda"] is not None and built["cuda"] != runs["cuda"],
+        "python": minor(built["python"]) != minor(runs["python"]),
+    }
+    return [
+        f"it was built with {name} {built[name]}, but {name} {runs[name] or '(none)'} runs"
+        for name, differs in different.items()
+        if differs
+    ]
+
+
+def load(backend):
+    """Loads the library, or says why it cannot be; returns its build info."""
+    library = find_library()
+    if library is None:
+        raise ImportError(
+            f"moe_ext: the compiled library is missing. Build it: {rebuild_command()}"
+            " (or set MOE_EXT_BACKEND=reference to run in plain PyTorch)"
+        )
+    built = read_build_info(library)
+    problems = mismatches(built, running())
+    if problems:
+        raise ImportError(
+            f"moe_ext: {library} does not fit: {'; '.join(problems)}."
+            f" Rebuild it: {rebuild_command()}"
+        )
+    if backend == "cuda" and built["cuda"] is None:
+        raise ImportError(
+            f"moe_ext: MOE_EXT_BACKEND=cuda, but {library} was built without CUDA."
+            f" Rebuild it with `export MOE_EXT_BUILD=cuda`: {rebuild_command()}"
+        )
+    importlib.import_module("moe_ext._C")
+    importlib.import_module("moe_ext._ops")
+    return built
+
+
+BACKEND = backend_from_environment()
+BUILD_INFO = None if BACKEND == "reference" else load(BACKEND)

@@ -7,7 +7,7 @@ what its output mask asks for. Differentiating a backward op is an error.
 
 import torch
 
-from .reference import GATES, accumulation_dtype
+from .reference import accumulation_dtype
 
 ops = torch.ops.moe_ext
 

@@ -10,7 +10,6 @@ the backward pass.
 """
 
 import contextlib
-import contextvars
 
 import torch
 
@@ -20,16 +19,19 @@ from .types import Plan, Route
 
 ops = torch.ops.moe_ext
 
-_batch_invariant = contextvars.ContextVar("moe_ext.batch_invariant", default=False)
+# A plain global: torch.compile traces it (it refuses a ContextVar), and a backward
+# pass that recomputes on one of autograd's own threads sees it.
+_batch_invariant = False
 
 
 @contextlib.contextmanager
 def batch_invariant(enabled=True):
-    token = _batch_invariant.set(enabled)
+    global _batch_invariant
+    previous, _batch_invariant = _batch_invariant, enabled
     try:
         yield
     finally:
-        _batch_invariant.reset(token)
+        _batch_invariant = previous
 
 
 def _autocast(x, *others):
@@ -124,7 +126,7 @@ def grouped_ffn(
         return reference.grouped_ffn(x, plan, *parameters, **dict(zip(_FFN_OPTIONS, options)))
     rows, _ = ops.grouped_ffn(
         x, plan.expert_offsets, plan.row_token, plan.assignment_row, *parameters, *options,
-        _needs_gradient(x, *parameters), _batch_invariant.get(),
+        _needs_gradient(x, *parameters), _batch_invariant,
     )  # fmt: skip
     return rows
 
@@ -161,6 +163,6 @@ def moe_forward(
     y, _ = ops.moe_forward(
         x, weights, plan.expert_offsets, plan.row_token, plan.row_assignment, plan.assignment_row,
         *parameters, *options,
-        _needs_gradient(x, weights, *parameters), _batch_invariant.get(),
+        _needs_gradient(x, weights, *parameters), _batch_invariant,
     )  # fmt: skip
     return y

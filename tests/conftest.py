@@ -27,7 +27,9 @@ hypothesis.settings.load_profile("moe_ext")
 def pytest_report_header(config):
     from moe_ext._load import BACKEND
 
-    return f"moe_ext: backend {BACKEND}, MOE_EXT_TEST_SEED={SEED}, threads {torch.get_num_threads()}"
+    return (
+        f"moe_ext: backend {BACKEND}, MOE_EXT_TEST_SEED={SEED}, threads {torch.get_num_threads()}"
+    )
 
 
 @pytest.fixture(autouse=True)

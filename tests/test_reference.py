@@ -79,7 +79,9 @@ def test_mixtral_is_a_softmax_over_the_chosen_logits():
     mixtral = reference.topk_route(logits, 2)
     chosen = logits.sort(-1, descending=True).values[:, :2]
     close(mixtral.weights, chosen.softmax(-1))
-    close(reference.topk_route(logits, 2, score_function="softmax_topk").weights, chosen.softmax(-1))
+    close(
+        reference.topk_route(logits, 2, score_function="softmax_topk").weights, chosen.softmax(-1)
+    )
     assert torch.equal(mixtral.experts.long(), logits.sort(-1, descending=True).indices[:, :2])
 
 
@@ -133,7 +135,10 @@ def test_statistics_leave_padding_out(score_function):
     scores = scores / scores.sum(-1, keepdim=True)
     close(route.score_sums, sum(scores[t] for t in range(9) if not mask[t]))
     close(route.logsumexp, torch.where(mask, 0.0, logits.exp().sum(-1).log()))
-    counts = [sum(int(e) == i for t in range(9) if not mask[t] for e in route.experts[t]) for i in range(4)]
+    counts = [
+        sum(int(e) == i for t in range(9) if not mask[t] for e in route.experts[t])
+        for i in range(4)
+    ]
     assert route.counts.tolist() == counts
 
 
@@ -204,7 +209,12 @@ def scatter_by_loops(experts, num_experts, capacity, weights, mask, policy, num_
     )
 
 
-@given(shapes(max_tokens=24), st.sampled_from(("choice", "token", "probs")), st.booleans(), st.booleans())
+@given(
+    shapes(max_tokens=24),
+    st.sampled_from(("choice", "token", "probs")),
+    st.booleans(),
+    st.booleans(),
+)
 def test_capacity_scatter_is_the_loop(shape, policy, padded, two_sequences):
     torch.manual_seed(shape.seed)
     sequences = 2 if two_sequences and shape.tokens else 1
@@ -247,7 +257,9 @@ def ffn_by_loops(x, experts, weights, p, activation, limit=None, alpha=1.0, up_o
     phi = {
         "silu": lambda v: v / (1 + math.exp(-alpha * v)),
         "gelu": lambda v: 0.5 * v * (1 + math.erf(v / 2**0.5)),
-        "gelu_tanh": lambda v: 0.5 * v * (1 + math.tanh((2 / math.pi) ** 0.5 * (v + 0.044715 * v**3))),
+        "gelu_tanh": lambda v: (
+            0.5 * v * (1 + math.tanh((2 / math.pi) ** 0.5 * (v + 0.044715 * v**3)))
+        ),
         "relu": lambda v: max(v, 0.0),
         "relu2": lambda v: max(v, 0.0) ** 2,
     }
@@ -289,7 +301,9 @@ def test_moe_forward_is_the_definition(activation, routing):
     expected = ffn_by_loops(x, experts, weights, p, **options)
     close(reference.moe_forward(x, weights, plan, **p, **options), expected)
     transposed = p | {name: p[name].mT.contiguous() for name in ("up_proj", "down_proj")}
-    close(reference.moe_forward(x, weights, plan, **transposed, **options, transposed=True), expected)
+    close(
+        reference.moe_forward(x, weights, plan, **transposed, **options, transposed=True), expected
+    )
     if gated:
         gate, up = p["up_proj"].chunk(2, 1)
         gate_bias, up_bias = p["up_bias"].chunk(2, 1)
@@ -345,5 +359,7 @@ def test_dropped_and_sentinel_assignments_get_exactly_nothing():
     plan = reference.capacity_scatter(experts, 2, 3)
     y = reference.moe_forward(x, weights, plan, **draw_ffn(4, 3, 2, F64))
     dx, dweights = torch.autograd.grad(y, (x, weights), torch.ones_like(y))
-    assert not y[3:].any() and not dx[3:].any() and not dweights[3:].any() and not dweights[:, 1].any()
+    assert (
+        not y[3:].any() and not dx[3:].any() and not dweights[3:].any() and not dweights[:, 1].any()
+    )
     assert y[:3].any(1).all() and dx[:3].any(1).all() and dweights[:3, 0].all()

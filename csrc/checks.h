@@ -19,17 +19,28 @@ namespace moe_ext {
 // float32, as Python says it (c10 says Float).
 inline const char* dtype_name(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kDouble: return "float64";
-    case at::kFloat: return "float32";
-    case at::kBFloat16: return "bfloat16";
-    case at::kHalf: return "float16";
-    case at::kLong: return "int64";
-    case at::kInt: return "int32";
-    case at::kShort: return "int16";
-    case at::kChar: return "int8";
-    case at::kByte: return "uint8";
-    case at::kBool: return "bool";
-    default: return c10::toString(dtype);
+    case at::kDouble:
+      return "float64";
+    case at::kFloat:
+      return "float32";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kHalf:
+      return "float16";
+    case at::kLong:
+      return "int64";
+    case at::kInt:
+      return "int32";
+    case at::kShort:
+      return "int16";
+    case at::kChar:
+      return "int8";
+    case at::kByte:
+      return "uint8";
+    case at::kBool:
+      return "bool";
+    default:
+      return c10::toString(dtype);
   }
 }
 
@@ -45,7 +56,8 @@ inline std::string describe(const at::Tensor& tensor) {
 
 inline bool is_float(const at::Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
-  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf ||
+         dtype == at::kDouble;
 }
 
 inline bool is_index(const at::Tensor& tensor) {
@@ -55,8 +67,8 @@ inline bool is_index(const at::Tensor& tensor) {
 // The texts `expected...` read on from "must be", and cost nothing until they are
 // needed: "int32 of shape (E+1,), with E = ", num_experts.
 template <typename... Text>
-inline void check_argument(const char* op, const char* name, const at::Tensor& tensor, bool dtype_ok,
-                           bool shape_ok, const Text&... expected) {
+inline void check_argument(const char* op, const char* name, const at::Tensor& tensor,
+                           bool dtype_ok, bool shape_ok, const Text&... expected) {
   TORCH_CHECK_TYPE(dtype_ok, op, ": ", name, " must be ", expected..., ", got ", describe(tensor));
   TORCH_CHECK_VALUE(shape_ok, op, ": ", name, " must be ", expected..., ", got ", describe(tensor));
 }
@@ -98,8 +110,8 @@ inline void check_padding_mask(const char* op, const at::Tensor& mask, int64_t t
 
 // The parts of a plan, for T tokens and E experts; an op that takes no
 // `row_assignment` leaves it out.
-inline void check_plan(const char* op, const at::Tensor& expert_offsets, const at::Tensor& row_token,
-                       const std::optional<at::Tensor>& row_assignment,
+inline void check_plan(const char* op, const at::Tensor& expert_offsets,
+                       const at::Tensor& row_token, const std::optional<at::Tensor>& row_assignment,
                        const at::Tensor& assignment_row, int64_t tokens, int64_t num_experts) {
   const auto is_int32 = [](const at::Tensor& t) { return t.scalar_type() == at::kInt; };
   check_argument(op, "expert_offsets", expert_offsets, is_int32(expert_offsets),

@@ -77,4 +77,15 @@ TORCH_LIBRARY(moe_ext, m) {
       " Tensor expert_offsets, Tensor row_token, Tensor row_assignment, Tensor assignment_row, "
       EXPERT_PARAMETERS ", " FFN_OPTIONS
       ", *, bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // ---- accumulate_stats: adds one forward's routing to running sums; nothing while a
+  //      backward pass runs, so that a recomputed forward counts once.
+  //      counts, step_counts (E) int64, score_sums (E) float64, totals (7) float64:
+  //      tokens, assignments, dropped assignments, tokens that lost all of theirs,
+  //      sum of the tokens' entropies (nats), largest logit, forwards.
+  m.def(
+      "accumulate_stats(Tensor(a!) counts, Tensor(b!) score_sums, Tensor(c!) totals,"
+      " Tensor(d!)? step_counts, Tensor logits, Tensor experts, Tensor expert_counts,"
+      " Tensor route_score_sums, Tensor? assignment_row=None, Tensor? padding_mask=None,"
+      " str score_function=\"softmax\") -> ()");
 }

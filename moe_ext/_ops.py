@@ -128,6 +128,11 @@ def _(
     return _masked(output_mask, x, weights, up_proj, down_proj, up_bias, down_bias)
 
 
+@_fake("accumulate_stats")
+def _(*_, **__):
+    return None
+
+
 # ---- gradients ---------------------------------------------------------------
 
 

@@ -217,3 +217,50 @@ def weighted_combine(rows, weights, plan):
 def moe_forward(x, weights, plan, up_proj, down_proj, up_bias=None, down_bias=None, **options):
     rows = grouped_ffn(x, plan, up_proj, down_proj, up_bias, down_bias, **options)
     return weighted_combine(rows, weights, plan)
+
+
+@torch.no_grad()
+def accumulate_stats(
+    counts,
+    score_sums,
+    totals,
+    step_counts,
+    logits,
+    experts,
+    expert_counts,
+    route_score_sums,
+    assignment_row=None,
+    padding_mask=None,
+    score_function="softmax",
+):
+    """Adds one forward's routing to running sums, all of them changed in place.
+
+    `totals` holds tokens, assignments, dropped assignments, tokens that lost all
+    of theirs, the sum of the tokens' entropies in nats, the largest logit, and
+    the number of forwards; all of it may be reset to zero at any time. Nothing
+    happens while a backward pass runs: that forward is a recomputation.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        return
+    counts += expert_counts
+    score_sums += route_score_sums
+    if step_counts is not None:
+        step_counts += expert_counts
+    present = slice(None) if padding_mask is None else ~padding_mask
+    logits = logits.to(accumulation_dtype(logits.dtype))[present]
+    assigned = experts[present] < logits.shape[-1]
+    kept = assigned if assignment_row is None else assigned & (assignment_row[present] >= 0)
+    scores = scores_of(logits, score_function)
+    scores = scores / scores.sum(-1, keepdim=True)
+    largest = logits.max().double() if logits.numel() else totals.new_tensor(-math.inf)
+    totals[5] = torch.where(totals[6] > 0, torch.maximum(totals[5], largest), largest)
+    totals[[0, 1, 2, 3, 4, 6]] += torch.stack(
+        [
+            totals.new_tensor(len(logits)),
+            assigned.sum(),
+            assigned.sum() - kept.sum(),
+            (assigned.any(-1) & ~kept.any(-1)).sum(),
+            -torch.special.xlogy(scores, scores).sum(dtype=torch.float64),
+            totals.new_tensor(1.0),
+        ]
+    )

@@ -1,0 +1,101 @@
+// Loops that run on the widest vectors of the machine, though the library is
+// compiled for any machine of its kind: a kernel is a struct with one always-inline
+// `run`; `simd_call<Kernel>(arguments)` holds one copy of it for every instruction
+// set and picks at run time. Whatever `run` calls must be always-inline as well, and
+// lambdas in it would not take its instruction set over.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define MOE_EXT_INLINE inline __attribute__((always_inline))
+#else
+#define MOE_EXT_INLINE inline
+#endif
+
+namespace moe_ext {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+template <typename Kernel, typename... Args>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))) void simd_call_avx512(
+    Args... args) {
+  Kernel::run(args...);
+}
+
+template <typename Kernel, typename... Args>
+__attribute__((target("avx2,fma,f16c"))) void simd_call_avx2(Args... args) {
+  Kernel::run(args...);
+}
+
+inline int simd_level() {
+  static const int level = [] {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx2 && avx512 ? 2 : avx2 ? 1 : 0;
+  }();
+  return level;
+}
+
+template <typename Kernel, typename... Args>
+void simd_call(Args... args) {
+  switch (simd_level()) {
+    case 2:
+      return simd_call_avx512<Kernel>(args...);
+    case 1:
+      return simd_call_avx2<Kernel>(args...);
+    default:
+      return Kernel::run(args...);
+  }
+}
+
+#else
+
+template <typename Kernel, typename... Args>
+void simd_call(Args... args) {
+  Kernel::run(args...);
+}
+
+#endif
+
+template <typename To, typename From>
+MOE_EXT_INLINE To bit_cast(From from) {
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// exp(x) for x <= 0, within 1 ulp, in operations that every vector unit has; 0 below
+// the normal numbers; NaN stays NaN.
+MOE_EXT_INLINE float exp_nonpositive(float x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float shifted = x * 1.44269504f + magic;
+  const float n = shifted - magic;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r * r + r) + 1.0f;
+  const float power = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+MOE_EXT_INLINE double exp_nonpositive(double x) { return std::exp(x); }
+
+template <typename A>
+MOE_EXT_INLINE A sigmoid(A x) {
+  const A e = exp_nonpositive(x < A(0) ? x : -x);
+  return (x < A(0) ? e : A(1)) / (A(1) + e);
+}
+
+}  // namespace moe_ext

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -70,6 +71,14 @@ def git_sha():
 
 
 class BuildExt(cpp_extension.BuildExtension):
+    def finalize_options(self):
+        if self.editable_mode:
+            # pip's editable install compiles in a folder that it throws away; in the
+            # usual one it shares its objects with `build_ext --inplace`.
+            target = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            self.build_temp = str(ROOT / "build" / f"temp.{target}")
+        super().finalize_options()
+
     def build_extensions(self):
         # One header for the one file that needs it: as a flag, a new commit would
         # recompile every file.

@@ -1,0 +1,32 @@
+"""A Mixture-of-Experts layer for PyTorch.
+
+layer = moe_ext.MoE(512, 1792, num_experts=8, top_k=2)
+y = layer(x)  # in place of a feed-forward module
+"""
+
+from . import functional, losses, reference
+from .checkpoint import checkpoint_policy
+from .functional import batch_invariant
+from .losses import set_loss_scale
+from .moe import MoE
+from .masking import padding
+from .routing import Routing, update_router_biases, update_router_biases_on_step
+from .types import Plan, Route
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MoE",
+    "Plan",
+    "Route",
+    "Routing",
+    "batch_invariant",
+    "checkpoint_policy",
+    "functional",
+    "losses",
+    "padding",
+    "reference",
+    "set_loss_scale",
+    "update_router_biases",
+    "update_router_biases_on_step",
+]

@@ -169,6 +169,11 @@ def activate(preactivations, activation, limit, alpha, up_offset, interleaved):
         gate, up = preactivations[..., 0::2], preactivations[..., 1::2]
     else:
         gate, up = preactivations.chunk(2, -1)
+    return gated_activation(gate, up, activation, limit, alpha, up_offset)
+
+
+def gated_activation(gate, up, activation, limit=None, alpha=1.0, up_offset=0.0):
+    """phi(gate) * (up + up_offset), both clamped first: the gate from above, up on both sides."""
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     if activation == "swiglu":

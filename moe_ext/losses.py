@@ -1,0 +1,215 @@
+"""The losses that keep a router useful, and how they reach it.
+
+Balance:  aux = E * sum_i f_i * P_i,   f_i the share of assignments that went to
+expert i before any drop (a constant to autograd), P_i its mean score.
+z-loss:   z = mean_t logsumexp(logits_t)^2.
+
+In training `MoE` injects coefficient * loss * scale on the backward path, so a
+training loop needs no change. The gradient enters where the weights leave the
+router: whatever backward pass reaches the layer's output also trains its balance.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ._checks import check_name, check_number, describe
+from .reference import accumulation_dtype, scores_of
+
+NORMALIZATIONS = ("assignments", "switch", "hf")
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "softmax_topk")
+
+
+def ordered_sum(values):
+    """The sum of a 1-D tensor in blocks of 256, so in an order that no thread count changes."""
+    return F.pad(values, (0, -values.shape[0] % 256)).view(-1, 256).sum(1).sum()
+
+
+def balance_loss(counts, score_sums, tokens, top_k):
+    """E * sum f_i P_i of one layer from what `topk_route` measured.
+
+    counts (E): assignments; score_sums (E): sums of normalised scores; tokens: how
+    many were not padding, a number or a tensor. 1.0 is perfect balance, whatever K.
+    """
+    share = counts / (tokens * top_k)
+    return counts.shape[0] * torch.dot(share.to(score_sums.dtype), score_sums / tokens)
+
+
+def z_loss(logits, padding_mask=None):
+    """mean_t logsumexp(logits_t)^2 over the tokens that are not padding (ST-MoE).
+
+    logits: (..., E), any floating dtype; padding_mask: bool (...), True is padding.
+    Returns a float32 scalar (float64 for float64 logits), differentiable in logits.
+    """
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    logsumexp = logits.logsumexp(-1).reshape(-1)
+    if padding_mask is None:
+        return mean_square(logsumexp, max(logsumexp.shape[0], 1))
+    present = ~padding_mask.reshape(-1)
+    return mean_square(torch.where(present, logsumexp, 0.0), present.sum().clamp(min=1))
+
+
+def mean_square(logsumexp, tokens):
+    return ordered_sum(logsumexp.square()) / tokens
+
+
+def load_balancing_loss(
+    logits,
+    experts,
+    *,
+    padding_mask=None,
+    score_function="softmax",
+    normalization="assignments",
+):
+    """The balance loss of one layer, or of several, from their recorded routing.
+
+    The loss is E * sum_i f_i * P_i, with P_i the mean score of expert i over the
+    tokens that are not padding (sigmoid scores are first normalised to sum to 1),
+    and f_i, through which no gradient flows:
+
+    - "assignments": expert i's share of the T*K assignments. Perfect balance is 1.
+      This is what `MoE` trains with and reports in `Routing.aux_loss`.
+    - "switch": its share of the tokens' first choices (Switch, GShard). Perfect
+      balance is 1.
+    - "hf": its assignments per token, and all layers pooled before the product, as
+      `transformers`' load_balancing_loss_func does. Perfect balance is K, and two
+      layers that collapsed on different experts look balanced.
+
+    Args:
+        logits: (T, E) router logits, any floating dtype; or a sequence of them, one
+            a layer.
+        experts: (T, K) int32 or int64, best first, as in `Routing.experts`; or a
+            sequence. Ids of E and above count for nothing.
+        padding_mask: bool (T,), or any shape of T elements; True is padding.
+        score_function: "softmax", "sigmoid" or "softmax_topk" (scored as softmax).
+        normalization: see above.
+
+    Returns:
+        A float32 scalar (float64 for float64 logits): the mean over the layers, or,
+        for "hf", the loss of the pool. Differentiable in the logits.
+
+    Raises:
+        TypeError, ValueError: an unknown name, or logits and experts that do not
+            fit each other.
+    """
+    op = "load_balancing_loss"
+    check_name(op, "normalization", normalization, NORMALIZATIONS)
+    check_name(op, "score_function", score_function, SCORE_FUNCTIONS)
+    layers = _layers(op, logits, experts)
+    tokens = layers[0][0].shape[0]
+    present = None
+    if padding_mask is not None:
+        if padding_mask.dtype != torch.bool or padding_mask.numel() != tokens:
+            error = TypeError if padding_mask.dtype != torch.bool else ValueError
+            raise error(
+                f"{op}: padding_mask must be bool of shape ({tokens},), got {describe(padding_mask)}"
+            )
+        present = ~padding_mask.reshape(-1)
+        tokens = present.sum().clamp(min=1)
+    else:
+        tokens = max(tokens, 1)
+
+    measured = []
+    for layer_logits, layer_experts in layers:
+        num_experts = layer_logits.shape[1]
+        scores = scores_of(layer_logits.to(accumulation_dtype(layer_logits.dtype)), score_function)
+        if score_function == "sigmoid":
+            scores = scores / scores.sum(-1, keepdim=True)
+        ids = layer_experts[:, :1] if normalization == "switch" else layer_experts
+        valid = ids < num_experts
+        if present is not None:
+            scores = torch.where(present[:, None], scores, 0.0)
+            valid = valid & present[:, None]
+        # scatter_add on integers: no host read (bincount has one), and any order is exact.
+        index = ids.clamp(max=num_experts - 1).reshape(-1).long()
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=ids.device)
+        counts.scatter_add_(0, index, valid.reshape(-1).long())
+        measured.append((counts, scores.sum(0), ids.shape[1]))
+
+    if normalization == "hf":
+        counts, sums = (sum(parts) for parts in list(zip(*measured))[:2])
+        return balance_loss(counts, sums, tokens * len(measured), 1)
+    losses = [balance_loss(counts, sums, tokens, top_k) for counts, sums, top_k in measured]
+    return torch.stack(losses).mean()
+
+
+def _layers(op, logits, experts):
+    """[(logits, experts)] of every layer, checked."""
+    if isinstance(logits, torch.Tensor):
+        logits, experts = [logits], [experts]
+    if len(logits) != len(experts) or len(logits) == 0:
+        raise ValueError(
+            f"{op}: experts must be as many tensors as logits, at least one,"
+            f" got {len(experts)} for {len(logits)}"
+        )
+    for layer_logits, layer_experts in zip(logits, experts):
+        if not layer_logits.is_floating_point():
+            raise TypeError(
+                f"{op}: logits must be floating of shape (T, E), got {describe(layer_logits)}"
+            )
+        if layer_logits.dim() != 2 or layer_logits.shape != logits[0].shape:
+            raise ValueError(
+                f"{op}: logits must be of shape (T, E), the same in every layer,"
+                f" got {describe(layer_logits)}"
+            )
+        expected = f"int32 or int64 of shape (T, K), with T = {layer_logits.shape[0]}"
+        if layer_experts.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{op}: experts must be {expected}, got {describe(layer_experts)}")
+        if layer_experts.dim() != 2 or layer_experts.shape[0] != layer_logits.shape[0]:
+            raise ValueError(f"{op}: experts must be {expected}, got {describe(layer_experts)}")
+    return list(zip(logits, experts))
+
+
+class _Inject(torch.autograd.Function):
+    """The carrier, unchanged; on the way back, `loss` receives the gradient `scale`."""
+
+    @staticmethod
+    def forward(ctx, carrier, loss, scale):
+        ctx.save_for_backward(scale)
+        ctx.loss_dtype = loss.dtype
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (scale,) = ctx.saved_tensors
+        return grad, scale.to(ctx.loss_dtype), None
+
+
+def inject(carrier, loss, scale):
+    """`carrier` itself, such that its backward pass adds scale * loss to what is minimised.
+
+    carrier: any tensor on the way to the output; loss: a scalar; scale: a scalar
+    tensor, read when the backward pass runs.
+    """
+    return _Inject.apply(carrier, loss, scale)
+
+
+def set_loss_scale(model, scale):
+    """Sets the factor on the injected losses of every `MoE` in `model`.
+
+    An injected gradient does not pass through the loop's own loss, so it knows
+    neither its scaling nor its averaging. Before the forward passes of a step:
+
+        moe_ext.set_loss_scale(model, scaler.get_scale() / accumulation_steps)
+
+    Args:
+        model: a module; all `MoE` inside take part.
+        scale: a finite number, or a tensor with one element (nothing is read back to
+            the host). It is written in place into each layer's `loss_scale`, a
+            float32 tensor outside of the state_dict, 1.0 at first.
+
+    Raises:
+        TypeError, ValueError: not a number or one-element tensor; NaN or infinite.
+    """
+    from .moe import MoE
+
+    if not isinstance(scale, torch.Tensor):
+        scale = torch.tensor(check_number("set_loss_scale", "scale", scale))
+    elif scale.numel() != 1:
+        raise ValueError(
+            f"set_loss_scale: scale must be a number or a tensor of one element,"
+            f" got {describe(scale)}"
+        )
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.loss_scale.copy_(scale.detach().reshape(()))
+            module._loss_scale_is_set = True

@@ -1,0 +1,603 @@
+"""The layer: a token's way through the stages."""
+
+import math
+import warnings
+from fractions import Fraction
+
+import torch
+from torch import nn
+
+from . import losses
+from ._checks import check_flag, check_integer, check_name, check_number, describe
+from .experts import Experts, SharedExperts
+from .functional import capacity_scatter
+from .masking import check_mask, current_padding
+from .reference import ACTIVATIONS, GATES
+from .routing import Router, Routing
+from .stats import RoutingStats
+
+DROP_POLICIES = ("choice", "token", "probs")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class MoE(nn.Module):
+    """A Mixture of Experts in place of a feed-forward network.
+
+        logits = x W_gate^T                          (T, E), accumulated in float32
+        experts, weights = the top_k best of each token's scores
+        y_t = sum_j weights[t, j] * FFN_experts[t, j](x_t)  +  shared experts(x_t)
+
+    x is (..., hidden_size), of at least two dimensions, in the dtype of the
+    parameters (any under autocast); y has its shape and dtype. T is the number of
+    tokens in x, E = num_experts, K = top_k, H = hidden_size, I = intermediate_size.
+
+        layer = moe_ext.MoE(512, 1792, num_experts=8, top_k=2)
+        y = layer(x)
+        y, routing = layer(x, padding_mask=mask, return_routing=True)
+        y = layer(x, routing=routing)
+
+    Args:
+        hidden_size, intermediate_size: H and each expert's I.
+        num_experts: E.
+        top_k: K, experts a token takes; 2 unless given. Also `num_experts_per_tok`.
+
+        activation: gated: swiglu, geglu, geglu_tanh, reglu; ungated: silu, gelu,
+            gelu_tanh, relu, relu2.
+        limit, alpha, up_offset: of the gated activations: the gate is clamped to at
+            most limit and up to [-limit, limit]; swiglu's gate is g * sigmoid(alpha g);
+            up counts as up + up_offset. (gpt-oss: 7, 1.702, 1.)
+        transposed, interleaved: the experts' layout: (E, in, out) instead of
+            (E, out, in); gate and up rows alternating instead of [gate; up].
+        bias, gate_bias: biases on the experts; on the router.
+
+        score_function: "softmax" over the E logits, "sigmoid", or "softmax_topk",
+            softmax over the K chosen logits.
+        norm_topk_prob: divide a token's K weights by their sum (not for softmax_topk,
+            whose weights sum to 1).
+        routed_scaling_factor: a factor on the weights.
+        n_group, topk_group, group_score: the experts form n_group groups of neighbours,
+            each scored by its best expert ("max") or the sum of its best two
+            ("top2_sum"); only experts of the topk_group best groups are eligible.
+        bias_update_rate: above 0: loss-free balancing, see `update_router_biases`.
+        score_correction_bias: have `gate.e_score_correction_bias`, a float32 buffer
+            that is added to the scores for the choice alone. Implied by a rate above 0.
+
+        capacity_factor: in training an expert takes at most
+            C = min(max(ceil(capacity_factor * T * K / E), min_capacity), T) rows;
+            a dropped assignment adds 0. None: dropless.
+        eval_capacity_factor: the same in eval; None: dropless.
+        min_capacity: see C.
+        expert_capacity: an absolute C, in training and eval, instead of the factors.
+        capacity_scope: "batch", or "sequence": x is (..., S, H), C comes from S, and
+            every sequence fills the experts by itself (Switch in `transformers`).
+        drop_policy: who stays when an expert is full: "choice": all first choices in
+            token order, then all second ones (GShard); "token": tokens in order;
+            "probs": the largest weights. "choice" and "probs" let later tokens displace
+            earlier ones, so with a capacity they are not causal.
+        renormalize_after_drop: scale a token's kept weights up to the sum of all of
+            them; 0 where all were dropped.
+
+        aux_loss_coef: coefficient of the balance loss E * sum f_i P_i, 1.0 at perfect
+            balance whatever K (Hugging Face's router_aux_loss_coef is this one over K).
+        z_loss_coef: coefficient of mean(logsumexp(logits)^2).
+        inject_losses: in training, let both losses reach the router on the backward
+            path of y, with no change to the training loop, times `loss_scale` (see
+            `set_loss_scale`). False: `Routing` returns them attached, without
+            their coefficients, for loops that add them.
+        jitter_eps: in training, multiply the tokens by uniform(1 - eps, 1 + eps) ...
+        jitter_target: ... for the "router" alone, or for the whole "block" (Mixtral).
+
+        shared_expert_intermediate_size: size of a network that every token takes; 0: none.
+        shared_expert_gate: a sigmoid gate on its output (Qwen2-MoE).
+        router_dtype: cast the router's input and parameters to it first; None: they go
+            in as they are, and float32 accumulates (float64 for float64).
+        init_std: standard deviation of all matrices at the start; biases are 0.
+        device, dtype: of the parameters.
+
+    forward:
+        padding_mask: bool, x.shape[:-1], True is padding. Padding takes no capacity,
+            counts in no loss and no statistic, and its output is 0. See also `padding`.
+        routing: a recorded `Routing`: its experts and its plan are taken again, the
+            weights come from the current logits, with gradient.
+        return_routing: return (y, Routing).
+
+    Differentiable in x and all parameters; the choice and the drops are constants.
+    A second derivative, forward-mode AD and the transforms of torch.func raise
+    RuntimeError. The same inputs give the same bits, forward and backward, whatever
+    the number of threads; see `batch_invariant` for other batches.
+
+    Parameters have the names of Hugging Face's MoE blocks (gate.weight,
+    experts.gate_up_proj, experts.down_proj, shared_experts.gate_proj.weight ...), so
+    the state_dict of such a block loads as it is.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        hidden_size,
+        intermediate_size,
+        num_experts=8,
+        top_k=None,
+        *,
+        num_experts_per_tok=None,
+        activation="swiglu",
+        limit=None,
+        alpha=1.0,
+        up_offset=0.0,
+        transposed=False,
+        interleaved=False,
+        bias=False,
+        gate_bias=False,
+        score_function="softmax",
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+        n_group=1,
+        topk_group=1,
+        group_score="max",
+        bias_update_rate=0.0,
+        score_correction_bias=False,
+        capacity_factor=1.25,
+        eval_capacity_factor=None,
+        min_capacity=4,
+        expert_capacity=None,
+        capacity_scope="batch",
+        drop_policy="choice",
+        renormalize_after_drop=False,
+        aux_loss_coef=0.01,
+        z_loss_coef=0.0,
+        inject_losses=True,
+        jitter_eps=0.0,
+        jitter_target="router",
+        shared_expert_intermediate_size=0,
+        shared_expert_gate=False,
+        router_dtype=None,
+        init_std=0.02,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.hidden_size = check_integer("MoE", "hidden_size", hidden_size)
+        self.intermediate_size = check_integer("MoE", "intermediate_size", intermediate_size)
+        self.num_experts = check_integer("MoE", "num_experts", num_experts)
+        self.top_k = self._check_top_k(top_k, num_experts_per_tok)
+
+        self.activation = check_name("MoE", "activation", activation, (*GATES, *ACTIVATIONS))
+        clamp = self._check_clamp(activation, limit, alpha, up_offset)
+        layout = dict(
+            transposed=check_flag("MoE", "transposed", transposed),
+            interleaved=check_flag("MoE", "interleaved", interleaved),
+        )
+        if interleaved and activation not in GATES:
+            raise ValueError(f"MoE: interleaved must be False for {activation!r}, which has no gate")
+        bias = check_flag("MoE", "bias", bias)
+
+        self.score_function = check_name(
+            "MoE", "score_function", score_function, losses.SCORE_FUNCTIONS
+        )
+        selection = dict(
+            score_function=score_function,
+            norm_topk_prob=check_flag("MoE", "norm_topk_prob", norm_topk_prob),
+            routed_scaling_factor=check_number(
+                "MoE", "routed_scaling_factor", routed_scaling_factor, minimum=-math.inf
+            ),
+            **self._check_groups(n_group, topk_group, group_score),
+        )
+        self.bias_update_rate = check_number("MoE", "bias_update_rate", bias_update_rate)
+        has_correction = check_flag("MoE", "score_correction_bias", score_correction_bias)
+
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.min_capacity = check_integer("MoE", "min_capacity", min_capacity, minimum=0)
+        if expert_capacity is not None:
+            expert_capacity = check_integer("MoE", "expert_capacity", expert_capacity)
+        self.expert_capacity = expert_capacity
+        self.capacity_scope = check_name(
+            "MoE", "capacity_scope", capacity_scope, ("batch", "sequence")
+        )
+        self.drop_policy = check_name("MoE", "drop_policy", drop_policy, DROP_POLICIES)
+        self.renormalize_after_drop = check_flag(
+            "MoE", "renormalize_after_drop", renormalize_after_drop
+        )
+
+        self.aux_loss_coef = check_number("MoE", "aux_loss_coef", aux_loss_coef)
+        self.z_loss_coef = check_number("MoE", "z_loss_coef", z_loss_coef)
+        self.inject_losses = check_flag("MoE", "inject_losses", inject_losses)
+        self.jitter_eps = check_number("MoE", "jitter_eps", jitter_eps, below=1.0)
+        self.jitter_target = check_name("MoE", "jitter_target", jitter_target, ("router", "block"))
+        shared_size = check_integer(
+            "MoE", "shared_expert_intermediate_size", shared_expert_intermediate_size, minimum=0
+        )
+        if check_flag("MoE", "shared_expert_gate", shared_expert_gate) and not shared_size:
+            raise ValueError(
+                "MoE: shared_expert_gate must be False without shared experts"
+                " (shared_expert_intermediate_size=0)"
+            )
+        for name, value in (("router_dtype", router_dtype), ("dtype", dtype)):
+            if value is not None and value not in FLOATS:
+                raise (ValueError if isinstance(value, torch.dtype) else TypeError)(
+                    f"MoE: {name} must be None, torch.float64, torch.float32, torch.bfloat16"
+                    f" or torch.float16, got {describe(value)}"
+                )
+        self.init_std = check_number("MoE", "init_std", init_std)
+
+        common = dict(init_std=self.init_std, device=device, dtype=dtype)
+        self.gate = Router(
+            hidden_size, num_experts, self.top_k,
+            bias=check_flag("MoE", "gate_bias", gate_bias),
+            score_correction_bias=has_correction or self.bias_update_rate > 0,
+            input_dtype=router_dtype, **selection, **common,
+        )  # fmt: skip
+        self.experts = Experts(
+            hidden_size, intermediate_size, num_experts,
+            activation=activation, bias=bias, **clamp, **layout, **common,
+        )  # fmt: skip
+        self.shared_experts = self.shared_expert_gate = None
+        if shared_size:
+            self.shared_experts = SharedExperts(
+                hidden_size, shared_size, activation=activation, bias=bias, **clamp, **common
+            )
+        if shared_expert_gate:
+            self.shared_expert_gate = nn.Linear(
+                hidden_size, 1, bias=False, device=device, dtype=dtype
+            )
+            nn.init.normal_(self.shared_expert_gate.weight, std=self.init_std)
+
+        # Plain tensors, outside of the state_dict; they follow the gate's device.
+        device = self.gate.weight.device
+        self._stats = RoutingStats(num_experts, self.bias_update_rate > 0, device)
+        self.loss_scale = torch.ones((), device=device)
+        self._loss_scale_is_set = False
+        self._takes_context_padding = False
+
+    # ---- the way of a token ------------------------------------------------------
+
+    def forward(self, x, *, padding_mask=None, routing=None, return_routing=False):
+        """See the class."""
+        self._check_input(x)
+        padding_mask = self._padding_of(x, padding_mask)
+        tokens = x.reshape(-1, self.hidden_size)
+        if padding_mask is not None:
+            padding_mask = padding_mask.reshape(-1)
+
+        router_tokens = tokens
+        if self.training and self.jitter_eps > 0:
+            eps = self.jitter_eps
+            router_tokens = tokens * torch.empty_like(tokens).uniform_(1 - eps, 1 + eps)
+            if self.jitter_target == "block":
+                tokens = router_tokens
+
+        if routing is None:
+            logits, route = self.gate(router_tokens, padding_mask)
+            plan = self._plan(x.shape, route, padding_mask)
+        else:
+            self._check_routing(routing, tokens)
+            logits, route = self.gate(router_tokens, padding_mask, routing.experts)
+            plan = routing.plan
+            if plan is None:
+                plan = self._plan(x.shape, route, padding_mask)
+
+        weights, aux_loss, z_loss = self._losses(x, route, padding_mask, return_routing)
+        if self.renormalize_after_drop:
+            weights = renormalize_after_drop(weights, plan.assignment_row)
+        if weights.dtype == torch.float64 and tokens.dtype != torch.float64:
+            weights = weights.float()  # of a float64 router
+
+        y = self.experts(tokens, weights, plan)
+        if self.shared_experts is not None:
+            y = y + self._shared(tokens, padding_mask)
+        y = y.to(x.dtype).view(x.shape)
+
+        # An exported program has no place for a tensor that is not a buffer and changes.
+        if not torch.compiler.is_exporting():
+            self._stats.accumulate(
+                logits, route, plan.assignment_row, padding_mask, self.score_function, self.training
+            )
+        if not return_routing:
+            return y
+        return y, Routing(logits, weights, route.experts, plan, aux_loss, z_loss)
+
+    def _plan(self, shape, route, padding_mask):
+        if self.capacity_scope == "sequence":
+            tokens, num_sequences = shape[-2], math.prod(shape[:-2])
+        else:
+            tokens, num_sequences = math.prod(shape[:-1]), 1
+        return capacity_scatter(
+            route.experts, self.num_experts, self.capacity(tokens),
+            weights=route.weights.detach() if self.drop_policy == "probs" else None,
+            padding_mask=padding_mask, drop_policy=self.drop_policy, num_sequences=num_sequences,
+        )  # fmt: skip
+
+    def capacity(self, tokens):
+        """C, the most rows of one expert, for so many tokens in the mode that the layer is in.
+
+        min(max(ceil(factor * tokens * top_k / num_experts), min_capacity), tokens), or
+        None where the layer is dropless. Exact integers, and symbolic ones for
+        torch.compile: the factor is the fraction nearest to it with a denominator of at
+        most a million.
+        """
+        if self.expert_capacity is not None:
+            return torch.sym_min(self.expert_capacity, tokens)
+        ratio = self._capacity_ratio if self.training else self._eval_capacity_ratio
+        if ratio is None:
+            return None
+        numerator, denominator = ratio
+        capacity = -(-(tokens * self.top_k * numerator) // (self.num_experts * denominator))
+        return torch.sym_min(torch.sym_max(capacity, self.min_capacity), tokens)
+
+    def _losses(self, x, route, padding_mask, return_routing):
+        """(weights, aux_loss, z_loss); the weights carry the losses' gradient in training."""
+        weights, counts, score_sums, logsumexp = (
+            route.weights, route.counts, route.score_sums, route.logsumexp,
+        )  # fmt: skip
+        inject = (
+            self.training
+            and self.inject_losses
+            and (self.aux_loss_coef > 0 or self.z_loss_coef > 0)
+            and torch.is_grad_enabled()
+            and weights.requires_grad
+        )
+        if not (inject or return_routing):
+            return weights, None, None
+        aux_loss = z_loss = None
+        if padding_mask is None:
+            tokens = max(weights.shape[0], 1)
+        else:
+            tokens = (~padding_mask).sum().clamp(min=1)
+        if return_routing or self.aux_loss_coef > 0:
+            aux_loss = losses.balance_loss(counts, score_sums, tokens, self.top_k)
+        if return_routing or self.z_loss_coef > 0:
+            z_loss = losses.mean_square(logsumexp, tokens)
+        if inject:
+            self._warn_of_float16(x)
+            terms = ((self.aux_loss_coef, aux_loss), (self.z_loss_coef, z_loss))
+            total = sum(coef * loss for coef, loss in terms if coef > 0)
+            weights = losses.inject(weights, total, self.loss_scale)
+        if self.inject_losses and return_routing:
+            aux_loss, z_loss = aux_loss.detach(), z_loss.detach()
+        return weights, aux_loss, z_loss
+
+    def _warn_of_float16(self, x):
+        if self._loss_scale_is_set or torch.compiler.is_compiling():
+            return
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        else:
+            dtype = x.dtype
+        if dtype == torch.float16:
+            _warn_once(
+                "moe_ext: training in float16 injects the router's losses unscaled, where GradScaler"
+                " scales the loop's own loss. Before each step call"
+                " moe_ext.set_loss_scale(model, scaler.get_scale() / accumulation_steps)"
+                " (or set_loss_scale(model, 1.0) to say that it is meant)."
+            )
+
+    def _shared(self, tokens, padding_mask):
+        shared = self.shared_experts(tokens)
+        if self.shared_expert_gate is not None:
+            shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
+        if padding_mask is not None:
+            shared = shared.masked_fill(padding_mask[:, None], 0)
+        return shared
+
+    # ---- statistics and state ----------------------------------------------------
+
+    def stats(self, reset=False):
+        """What the routing did since the last reset, as a dict for any logger.
+
+        - load: (E) float64 tensor on the CPU, assignments of each expert before any drop
+        - drop_rate: share of assignments beyond capacity
+        - lost_rate: share of tokens whose assignments were all dropped
+        - entropy: of the mean score distribution, over log E; a collapse takes it to 0
+        - token_entropy: mean entropy of the tokens' own distributions, over log E
+        - max_violation: MaxVio, the largest load over the mean load, minus 1
+        - dead_experts: experts without an assignment
+        - max_logit: the largest router logit
+        - tokens, forwards: how many were seen, in training and eval, without padding
+
+        All but `load` are floats; 0.0 where nothing was seen. One transfer from the
+        device a call; under data parallelism, of this process alone.
+
+        Args:
+            reset: start again from zero after reading.
+        """
+        return self._stats.read(check_flag("MoE.stats", "reset", reset))
+
+    def reset_parameters(self):
+        """Parameters as at construction, statistics and selection bias at zero; also after to_empty()."""
+        for module in (self.gate, self.experts, self.shared_experts):
+            if module is not None:
+                module.reset_parameters()
+        if self.shared_expert_gate is not None:
+            nn.init.normal_(self.shared_expert_gate.weight, std=self.init_std)
+        self._stats.zero_()
+        self.loss_scale.fill_(1.0)
+        self._loss_scale_is_set = False
+
+    @property
+    def num_experts_per_tok(self):
+        """Another name of `top_k`."""
+        return self.top_k
+
+    @property
+    def capacity_factor(self):
+        return self._capacity_factor
+
+    @capacity_factor.setter
+    def capacity_factor(self, factor):
+        self._capacity_ratio = _ratio("capacity_factor", factor)
+        self._capacity_factor = factor
+
+    @property
+    def eval_capacity_factor(self):
+        return self._eval_capacity_factor
+
+    @eval_capacity_factor.setter
+    def eval_capacity_factor(self, factor):
+        self._eval_capacity_ratio = _ratio("eval_capacity_factor", factor)
+        self._eval_capacity_factor = factor
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        device = self.gate.weight.device
+        self._stats.to(device)
+        if self.loss_scale.is_meta:
+            self.loss_scale = torch.ones((), device=device)
+        self.loss_scale = self.loss_scale.to(device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # Qwen2-MoE says shared_expert where DeepSeek says shared_experts.
+        for name in [n for n in state_dict if n.startswith(f"{prefix}shared_expert.")]:
+            state_dict[name.replace("shared_expert.", "shared_experts.")] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self):
+        capacity = (
+            f"expert_capacity={self.expert_capacity}"
+            if self.expert_capacity is not None
+            else f"capacity_factor={self.capacity_factor}"
+        )
+        text = (
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size},"
+            f" num_experts={self.num_experts}, top_k={self.top_k}, activation={self.activation!r},"
+            f" {capacity}, drop_policy={self.drop_policy!r}, aux_loss_coef={self.aux_loss_coef}"
+        )
+        for name in ("z_loss_coef", "jitter_eps", "bias_update_rate"):
+            if getattr(self, name):
+                text += f", {name}={getattr(self, name)}"
+        return text
+
+    # ---- checks ------------------------------------------------------------------
+
+    def _check_top_k(self, top_k, num_experts_per_tok):
+        if top_k is None:
+            top_k = 2 if num_experts_per_tok is None else num_experts_per_tok
+        elif num_experts_per_tok is not None and num_experts_per_tok != top_k:
+            raise ValueError(
+                f"MoE: top_k and num_experts_per_tok are two names of one number,"
+                f" got {top_k!r} and {num_experts_per_tok!r}"
+            )
+        return check_integer("MoE", "top_k", top_k, maximum=self.num_experts)
+
+    def _check_groups(self, n_group, topk_group, group_score):
+        n_group = check_integer("MoE", "n_group", n_group, maximum=self.num_experts)
+        topk_group = check_integer("MoE", "topk_group", topk_group, maximum=n_group)
+        check_name("MoE", "group_score", group_score, ("max", "top2_sum"))
+        if self.num_experts % n_group:
+            raise ValueError(
+                f"MoE: n_group must divide num_experts ({self.num_experts}), got {n_group}"
+            )
+        eligible = self.num_experts // n_group * topk_group
+        if self.top_k > eligible:
+            raise ValueError(
+                f"MoE: top_k must be at most the {eligible} experts of topk_group={topk_group}"
+                f" groups, got {self.top_k}"
+            )
+        return dict(n_group=n_group, topk_group=topk_group, group_score=group_score)
+
+    def _check_clamp(self, activation, limit, alpha, up_offset):
+        if limit is not None:
+            limit = check_number("MoE", "limit", limit, positive=True)
+        alpha = check_number("MoE", "alpha", alpha, minimum=-math.inf)
+        up_offset = check_number("MoE", "up_offset", up_offset, minimum=-math.inf)
+        if activation not in GATES and (limit is not None or up_offset != 0.0):
+            raise ValueError(
+                f"MoE: limit and up_offset belong to the gated activations"
+                f" ({', '.join(GATES)}), got activation={activation!r}"
+            )
+        if activation != "swiglu" and alpha != 1.0:
+            raise ValueError(f"MoE: alpha belongs to swiglu, got activation={activation!r}")
+        return dict(limit=limit, alpha=alpha, up_offset=up_offset)
+
+    def _check_input(self, x):
+        weight = self.experts.down_proj
+        is_tensor = isinstance(x, torch.Tensor)
+        if (
+            is_tensor
+            and x.dim() >= 2
+            and x.shape[-1] == self.hidden_size
+            and x.dtype == weight.dtype
+            and x.device == weight.device
+        ):
+            return
+        dtype = str(weight.dtype).removeprefix("torch.")
+        expected = f"{dtype} of shape (..., {self.hidden_size}), two dimensions or more"
+        if not is_tensor or x.dtype not in FLOATS:
+            raise TypeError(f"MoE: x must be {expected}, got {describe(x)}")
+        if x.dim() < 2 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"MoE: x must be {expected}, got {describe(x)}")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"MoE: x must be {expected} (or run under torch.autocast), got {describe(x)}"
+            )
+        if x.device != weight.device:
+            raise ValueError(
+                f"MoE: x must be on the parameters' device {weight.device}, got {x.device}"
+            )
+
+    def _padding_of(self, x, mask):
+        """The mask of this call: its own, else the surrounding `padding` context's."""
+        if mask is not None:
+            check_mask("MoE", "padding_mask", mask, x.shape[:-1])
+            return mask
+        mask = current_padding()
+        if not torch.compiler.is_compiling():
+            if mask is not None:
+                self._takes_context_padding = True
+            elif self._takes_context_padding:
+                if torch._C._current_graph_task_id() != -1:
+                    raise RuntimeError(
+                        "MoE: a backward pass recomputes this layer without the padding mask of"
+                        " its forward pass: call backward() inside `with moe_ext.padding(mask)`"
+                    )
+                self._takes_context_padding = False
+        if mask is not None and not (x.dim() == 2 and mask.numel() == x.shape[0]):
+            check_mask("MoE", "the mask of moe_ext.padding", mask, x.shape[:-1])
+        return mask
+
+    def _check_routing(self, routing, tokens):
+        if not isinstance(routing, Routing):
+            raise TypeError(
+                f"MoE: routing must be the Routing that return_routing=True gave,"
+                f" got {describe(routing)}"
+            )
+        expected = (tokens.shape[0], self.top_k)
+        if routing.experts.shape != expected:
+            raise ValueError(
+                f"MoE: routing.experts must be of shape {expected}, got {describe(routing.experts)}"
+            )
+        plan = routing.plan
+        if plan is not None and plan.expert_offsets.shape[0] != self.num_experts + 1:
+            raise ValueError(
+                f"MoE: routing.plan must be of {self.num_experts} experts,"
+                f" got {plan.expert_offsets.shape[0] - 1}"
+            )
+
+
+def renormalize_after_drop(weights, assignment_row):
+    """Weights (T, K) whose kept ones sum to what all of them did; 0 where all were dropped."""
+    kept = torch.where(assignment_row >= 0, weights, 0.0)
+    total = kept.sum(-1, keepdim=True)
+    # The inner where keeps 0/0 out of the gradient too.
+    lost = total == 0
+    return kept * torch.where(lost, 0.0, weights.sum(-1, keepdim=True) / torch.where(lost, 1.0, total))
+
+
+def _ratio(name, factor):
+    """The factor as (numerator, denominator); None, which is dropless, stays None."""
+    if factor is None:
+        return None
+    factor = Fraction(check_number("MoE", name, factor, positive=True)).limit_denominator(10**6)
+    return factor.numerator, factor.denominator
+
+
+_warned = set()
+
+
+def _warn_once(message):
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)

@@ -1,0 +1,142 @@
+"""The router: logits of every token, its choice of experts, and the bias on that choice."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import functional
+from .types import Plan
+
+
+class Routing(NamedTuple):
+    """What one forward of a layer decided: `MoE(..., return_routing=True)`.
+
+    `MoE(x, routing=recorded)` takes `experts` and `plan` from it and computes the
+    weights anew. A `plan` of None is made anew too, under the layer's own capacity.
+    """
+
+    logits: Tensor | None  # (T, E) float32 (float64 for float64 layers)
+    weights: Tensor | None  # (T, K): what each choice counts
+    experts: Tensor  # (T, K) int32, best first; E marks a padding token's
+    plan: Plan | None = None  # which assignment became which row, see Plan
+    aux_loss: Tensor | None = None  # scalar, 1.0 at perfect balance; before its coefficient
+    z_loss: Tensor | None = None  # scalar; before its coefficient
+
+
+class Router(nn.Module):
+    """x (T, H) -> logits (T, E) and a `Route` with each token's top_k experts and weights.
+
+    Parameters `weight` (E, H) and `bias` (E) or None. The buffer
+    `e_score_correction_bias` (E) is added to the scores for the choice alone, never
+    to the weights (DeepSeek-V3); it receives no gradient and stays float32 whatever
+    the module is cast to, because bfloat16 would lose its steps of 1e-3.
+    """
+
+    def __init__(
+        self, hidden_size, num_experts, top_k, *,
+        bias=False, score_correction_bias=False, input_dtype=None, init_std=0.02,
+        device=None, dtype=None, **options,
+    ):  # fmt: skip
+        super().__init__()
+        self.top_k = top_k
+        self.input_dtype = input_dtype
+        self.init_std = init_std
+        self.options = options
+        kwargs = dict(device=device, dtype=dtype)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, **kwargs))
+        self.bias = nn.Parameter(torch.empty(num_experts, **kwargs)) if bias else None
+        correction = None
+        if score_correction_bias:
+            correction = torch.empty(num_experts, device=device, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", correction)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """The weight from a normal distribution of `init_std`; the biases zero."""
+        nn.init.normal_(self.weight, std=self.init_std)
+        for zero in (self.bias, self.e_score_correction_bias):
+            if zero is not None:
+                nn.init.zeros_(zero)
+
+    def forward(self, x, padding_mask=None, experts=None):
+        """Logits and `Route`; `experts` (T, K) replays a recorded choice."""
+        weight, bias = self.weight, self.bias
+        dtype = self.input_dtype
+        if dtype is not None:
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        logits = functional.router_logits(x, weight, bias)
+        route = functional.topk_route(
+            logits, self.top_k, selection_bias=self.e_score_correction_bias,
+            padding_mask=padding_mask, experts=experts, **self.options,
+        )  # fmt: skip
+        return logits, route
+
+    def _apply(self, fn, recurse=True):
+        bias = self.e_score_correction_bias
+
+        def keep_float32(tensor):
+            changed = fn(tensor)
+            if tensor is bias and changed.dtype != tensor.dtype:
+                return tensor.to(changed.device)
+            return changed
+
+        return super()._apply(keep_float32, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.e_score_correction_bias is not None:  # assign=True takes any dtype
+            self.e_score_correction_bias = self.e_score_correction_bias.float()
+
+    def extra_repr(self):
+        return ", ".join(
+            [
+                f"weight={tuple(self.weight.shape)}, top_k={self.top_k}",
+                *(f"{name}={value!r}" for name, value in self.options.items()),
+            ]
+        )
+
+
+@torch.no_grad()
+def update_router_biases(model, process_group=None):
+    """Loss-free balancing: moves the selection biases against the load since the last call.
+
+        bias_i += bias_update_rate * sign(mean(n) - n_i)
+
+    with n_i the training assignments of expert i since then (before any drop, padding
+    left out), summed over the processes, so that every rank makes the same step.
+    Call it once an optimizer step. A forward that activation checkpointing repeats
+    counts once. Nothing is read back to the host. (Wang et al. 2024; DeepSeek-V3.)
+
+    Args:
+        model: every `MoE` inside with `bias_update_rate > 0` takes part.
+        process_group: whose counts are summed, in one all-reduce: the default group
+            where torch.distributed is initialised, else this process alone. All its
+            ranks must call.
+    """
+    from .moe import MoE
+
+    layers = [m for m in model.modules() if isinstance(m, MoE) and m.bias_update_rate > 0]
+    if not layers:
+        return
+    device = layers[0].gate.weight.device
+    counts = torch.cat([layer._stats.step_counts.to(device) for layer in layers])
+    if process_group is not None or (dist.is_available() and dist.is_initialized()):
+        dist.all_reduce(counts, group=process_group)
+    for layer, n in zip(layers, counts.split([layer.num_experts for layer in layers])):
+        n = n.double()
+        step = layer.bias_update_rate * torch.sign(n.mean() - n)
+        layer.gate.e_score_correction_bias += step.to(layer.gate.e_score_correction_bias)
+        layer._stats.step_counts.zero_()
+
+
+def update_router_biases_on_step(optimizer, model, process_group=None):
+    """Calls `update_router_biases(model, process_group)` after each step of this one optimizer.
+
+    Returns the hook's handle; `handle.remove()` ends it.
+    """
+    return optimizer.register_step_post_hook(
+        lambda *_: update_router_biases(model, process_group),
+    )

@@ -55,17 +55,22 @@ def wants_cuda():
     return choice != "cpu" and not reasons
 
 
-def git_sha():
+def git_commit():
     """The commit that is built, "-dirty" where files differ from it, or None."""
-
-    def git(*arguments):
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    if not (ROOT / ".git").exists():
+        return None  # a source archive, perhaps unpacked inside somebody else's repository
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != ROOT:
-            return None  # unpacked inside somebody else's repository
-        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -90,7 +95,7 @@ class BuildExt(cpp_extension.BuildExtension):
             "cuda": torch.version.cuda if WITH_CUDA else None,
             "python": platform.python_version(),
             "archs": [platform.machine()],
-            "git": git_sha(),
+            "git": git_commit(),
             "compiler": compiler.stdout.partition("\n")[0],
         }
         header = Path(self.build_temp).resolve() / "include" / "build_info.h"

@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import platform
+import subprocess
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 PACKAGE = Path(__file__).resolve().parent
 BACKENDS = ("reference", "cpu", "cuda")
 
+GIT_DESCRIBE = ("--always", "--dirty", "--abbrev=12", "--exclude=*")  # as in setup.py
 _MARK = b"moe_ext build info: "
 
 
@@ -71,6 +73,18 @@ def running():
     }
 
 
+def checkout_commit():
+    """The commit of the checkout that the Python sources lie in, as the build info
+    has it, or None."""
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(PACKAGE.parent), "describe", *GIT_DESCRIBE]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def mismatches(built, runs):
     """One sentence for each thing in which a library does not fit the process."""
 
@@ -113,7 +127,14 @@ def load(backend):
             f" Rebuild it with `export MOE_EXT_BUILD=cuda`: {rebuild_command()}"
         )
     importlib.import_module("moe_ext._C")
-    importlib.import_module("moe_ext._ops")
+    try:
+        importlib.import_module("moe_ext._ops")
+    except RuntimeError as error:  # a fake or a gradient for an op that the library lacks
+        raise ImportError(
+            f"moe_ext: {library} was built at commit {built['git'] or '(unknown)'}, but the Python"
+            f" sources are at {checkout_commit() or '(unknown)'}, and they do not fit each other"
+            f" ({str(error).splitlines()[0]}). Rebuild it: {rebuild_command()}"
+        ) from error
     return built
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moe_ext import reference
 from moe_ext._load import BACKEND
+from moe_ext.testing import error_limit, evaluate, in_float64, relative_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (*reference.GATES, *reference.ACTIVATIONS)
@@ -120,27 +121,16 @@ def shapes(draw, max_tokens=40):
 # ---- judging ------------------------------------------------------------------
 
 
-def relative_error(actual, oracle):
-    """|actual - oracle| / |oracle| in Frobenius norm and float64; inf where actual is not
-    zero and the oracle is, or where one of the two is not finite."""
-    difference = (actual.detach().double() - oracle.detach().double()).norm().item()
-    norm = oracle.detach().double().norm().item()
-    if difference == 0:
-        return 0.0
-    return difference / norm if norm > 0 and difference < float("inf") else float("inf")
-
-
 def assert_within_bound(name, actual, oracle, baseline, dtype=None):
     """DESIGN's bound. `dtype` is the one whose eps counts (default: of `actual`).
 
-    Where the oracle is zero everywhere, `actual` must be. float64 is its own
-    baseline: it is allowed 64 eps, for another order of summation.
+    Where the oracle is zero everywhere, `actual` must be.
     """
     assert actual.shape == oracle.shape, f"{name}: shape {actual.shape}, expected {oracle.shape}"
     assert actual.dtype == baseline.dtype, f"{name}: {actual.dtype}, expected {baseline.dtype}"
     dtype = dtype or actual.dtype
     error, allowed = relative_error(actual, oracle), relative_error(baseline, oracle)
-    limit = max(1.5 * allowed, (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps)
+    limit = error_limit(allowed, dtype)
     assert error <= limit, (
         f"{name}: relative error {error:.3g} against float64, at most {limit:.3g} allowed "
         f"(baseline {allowed:.3g}, {dtype}, shape {tuple(actual.shape)})"
@@ -161,54 +151,6 @@ def bits_equal(a, b):
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(bits_equal(p, q) for p, q in zip(a, b))
     return a == b
-
-
-def evaluate(function, inputs, frozen=(), cotangents=None):
-    """{name: tensor}: the outputs of function(**inputs), then `d_<input>` for the gradient
-    of every floating input that is not in `frozen` (zeros where autograd gives None).
-
-    Outputs that are differentiable take drawn unit-scale cotangents; pass a dict
-    to use the same ones in another dtype (it is filled on the first call).
-    """
-    inputs = {
-        name: t.detach().requires_grad_(t.is_floating_point() and name not in frozen)
-        if isinstance(t, Tensor)
-        else t
-        for name, t in inputs.items()
-    }
-    output = function(**inputs)
-    if isinstance(output, Tensor):
-        output = {"output": output}
-    elif hasattr(output, "_asdict"):
-        output = output._asdict()
-    elif not isinstance(output, dict):
-        output = {f"output{i}": t for i, t in enumerate(output)}
-    cotangents = {} if cotangents is None else cotangents
-    differentiable = [name for name, t in output.items() if t.requires_grad]
-    for name in differentiable:
-        cotangents.setdefault(name, unit(*output[name].shape, dtype=output[name].dtype))
-    wanted = {name: t for name, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad}
-    gradients = {name: None for name in wanted}
-    if differentiable and wanted:
-        found = torch.autograd.grad(
-            [output[name] for name in differentiable],
-            list(wanted.values()),
-            [cotangents[name].to(output[name].dtype) for name in differentiable],
-            allow_unused=True,
-        )
-        gradients = dict(zip(wanted, found))
-    result = {name: t.detach() for name, t in output.items()}
-    for name, gradient in gradients.items():
-        result[f"d_{name}"] = torch.zeros_like(wanted[name]) if gradient is None else gradient
-    return result
-
-
-def in_float64(inputs):
-    """The oracle's inputs: the same values, floating tensors in float64."""
-    return {
-        name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
-        for name, t in inputs.items()
-    }
 
 
 def assert_matches(function, reference_function, inputs, frozen=()):

@@ -1,0 +1,190 @@
+"""Where two paths part: every stage of a layer against the float64 reference.
+
+    print(moe_ext.testing.compare(layer, x))
+
+Each stage runs alone, on inputs that the reference made in float64, so that an
+error shows in the stage that makes it and in no later one.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import functional, reference
+from .types import Plan
+
+
+class Row(NamedTuple):
+    """One result of one stage: an output, or d_<input> for the gradient of an input."""
+
+    stage: str
+    result: str
+    error: float  # relative Frobenius norm; for integers the share of wrong entries
+    limit: float  # how large it may be
+
+    @property
+    def ok(self):
+        return self.error <= self.limit
+
+
+class Comparison(list):
+    """The rows of a comparison; as text a table."""
+
+    @property
+    def ok(self):
+        return all(row.ok for row in self)
+
+    def __str__(self):
+        line = "{:<17} {:<16} {:>9} {:>9}  {}".format
+        return "\n".join(
+            [line("stage", "result", "error", "limit", "")]
+            + [
+                line(r.stage, r.result, f"{r.error:.2e}", f"{r.limit:.2e}", "ok" if r.ok else "OFF")
+                for r in self
+            ]
+        )
+
+    __repr__ = __str__
+
+
+def relative_error(actual, oracle):
+    """|actual - oracle| / |oracle| in Frobenius norm and float64; inf where actual is not
+    zero and the oracle is, or where one of the two is not finite."""
+    difference = (actual.detach().double() - oracle.detach().double()).norm().item()
+    norm = oracle.detach().double().norm().item()
+    if difference == 0:
+        return 0.0
+    return difference / norm if norm > 0 and difference < float("inf") else float("inf")
+
+
+def error_limit(baseline_error, dtype):
+    """How far a result may be from float64: 1.5 times the error of plain PyTorch in
+    `dtype` (`baseline_error`), but at least 4 eps.
+
+    float64 is its own baseline: it is allowed 64 eps, for another order of summation.
+    """
+    floor = (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps
+    return max(1.5 * baseline_error, floor)
+
+
+def evaluate(function, inputs, frozen=(), cotangents=None):
+    """{name: tensor}: the outputs of function(**inputs), then `d_<input>` for the gradient
+    of every floating input that is not in `frozen` (zeros where autograd gives None).
+
+    Outputs that are differentiable take drawn unit-scale cotangents; pass a dict
+    to use the same ones in another dtype (it is filled on the first call).
+    """
+    inputs = {
+        name: t.detach().requires_grad_(t.is_floating_point() and name not in frozen)
+        if isinstance(t, Tensor)
+        else t
+        for name, t in inputs.items()
+    }
+    output = function(**inputs)
+    if isinstance(output, Tensor):
+        output = {"output": output}
+    elif hasattr(output, "_asdict"):
+        output = output._asdict()
+    elif not isinstance(output, dict):
+        output = {f"output{i}": t for i, t in enumerate(output)}
+    cotangents = {} if cotangents is None else cotangents
+    differentiable = [name for name, t in output.items() if t.requires_grad]
+    for name in differentiable:
+        t = output[name]
+        if name not in cotangents:
+            cotangents[name] = torch.randn(t.shape, dtype=torch.float64, device=t.device).to(
+                t.dtype
+            )
+    wanted = {name: t for name, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad}
+    gradients = {name: None for name in wanted}
+    if differentiable and wanted:
+        found = torch.autograd.grad(
+            [output[name] for name in differentiable],
+            list(wanted.values()),
+            [cotangents[name].to(output[name].dtype) for name in differentiable],
+            allow_unused=True,
+        )
+        gradients = dict(zip(wanted, found))
+    result = {name: t.detach() for name, t in output.items()}
+    for name, gradient in gradients.items():
+        result[f"d_{name}"] = torch.zeros_like(wanted[name]) if gradient is None else gradient
+    return result
+
+
+def in_float64(inputs):
+    """The oracle's inputs: the same values, floating tensors in float64."""
+    return {
+        name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+        for name, t in inputs.items()
+    }
+
+
+def compare_stages(x, gate, experts, *, top_k, routing=None, scatter=None, ffn=None):
+    """The stages of a layer, one by one, on x (T, H): a Comparison.
+
+    gate: weight (E, H), and bias (E) or None. experts: up_proj, down_proj, and
+    up_bias, down_bias or None. routing, scatter, ffn: the options of `topk_route`,
+    `capacity_scatter` and the experts' stages.
+    """
+    routing, scatter, ffn = routing or {}, scatter or {}, ffn or {}
+    rows = Comparison()
+
+    def run(stage, inputs, **options):
+        def call(module, inputs):
+            return evaluate(
+                lambda **tensors: getattr(module, stage)(**tensors, **options),
+                {name: t for name, t in inputs.items() if t is not None},
+                cotangents=cotangents,
+            )
+
+        cotangents = {}
+        oracle = call(reference, in_float64(inputs))
+        actual, baseline = call(functional, inputs), call(reference, inputs)
+        for name, result in actual.items():
+            if result.is_floating_point():
+                error = relative_error(result, oracle[name])
+                limit = error_limit(relative_error(baseline[name], oracle[name]), result.dtype)
+            else:
+                error = (result != oracle[name]).double().mean().item() if result.numel() else 0.0
+                limit = 0.0
+            rows.append(Row(stage, name, error, limit))
+        return oracle
+
+    x = x.detach().reshape(-1, x.shape[-1])
+    accumulation = reference.accumulation_dtype(x.dtype)
+    num_experts = gate["weight"].shape[0]
+    logits = run("router_logits", dict(x=x, **gate))["output"].to(accumulation)
+    rows.append(_compare_choice(logits, top_k, routing))
+    # The values are compared for one and the same choice.
+    chosen = reference.topk_route(logits.double(), top_k, **routing).experts
+    route = run("topk_route", dict(logits=logits), top_k=top_k, **{**routing, "experts": chosen})
+    weights = route["weights"].to(accumulation)
+    plan = run(
+        "capacity_scatter",
+        dict(experts=chosen),
+        num_experts=num_experts,
+        weights=weights,
+        **scatter,
+    )
+    plan = Plan(**plan)
+    made = run("grouped_ffn", dict(x=x, **experts), plan=plan, **ffn)
+    run("weighted_combine", dict(rows=made["output"].to(x.dtype), weights=weights), plan=plan)
+    run("moe_forward", dict(x=x, weights=weights, **experts), plan=plan, **ffn)
+    return rows
+
+
+def _compare_choice(logits, top_k, routing):
+    """The share of assignments whose expert is worse than the reference's: what it
+    scores in float64 is less by more than rounding explains."""
+    ours = functional.topk_route(logits, top_k, **routing).experts
+    theirs = reference.topk_route(logits.double(), top_k, **routing).experts
+    scores = reference.scores_of(logits.double(), routing.get("score_function", "softmax"))
+    if routing.get("selection_bias") is not None:
+        scores = scores + routing["selection_bias"]
+    num_experts = scores.shape[-1]
+    ours, theirs = ours.long().clamp(max=num_experts), theirs.long().clamp(max=num_experts)
+    scores = torch.nn.functional.pad(scores, (0, 1), value=-torch.inf)  # of padding's id, E
+    gap = torch.where(ours == theirs, 0.0, scores.gather(-1, theirs) - scores.gather(-1, ours))
+    wrong = (gap > 8 * torch.finfo(logits.dtype).eps).double()
+    return Row("topk_route", "choice", wrong.mean().item() if wrong.numel() else 0.0, 0.0)

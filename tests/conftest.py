@@ -11,6 +11,8 @@ import hypothesis
 import pytest
 import torch
 
+pytest.register_assert_rewrite("oracle", "ffn_suite", "ffn_operator")
+
 SEED = int(os.environ.get("MOE_EXT_TEST_SEED", "0"))
 
 hypothesis.settings.register_profile(

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__GNUC__) || defined(__clang__)
 #define MOE_EXT_INLINE inline __attribute__((always_inline))
@@ -70,6 +71,50 @@ MOE_EXT_INLINE To bit_cast(From from) {
   To to;
   std::memcpy(&to, &from, sizeof(to));
   return to;
+}
+
+// What a dtype is accumulated in.
+template <typename T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Conversions to and from the accumulation's type, by integer operations, so that a
+// loop over them becomes vector code on every machine. Rounding is to nearest even.
+MOE_EXT_INLINE float widen(float x) { return x; }
+MOE_EXT_INLINE double widen(double x) { return x; }
+MOE_EXT_INLINE float widen(c10::BFloat16 x) {
+  return bit_cast<float>(static_cast<uint32_t>(x.x) << 16);
+}
+MOE_EXT_INLINE float widen(c10::Half x) {
+  const uint32_t bits = x.x, magnitude = (bits & 0x7fffu) << 13;
+  // Moves the exponent's bias from 15 to 127, subnormal numbers included.
+  const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t special = (bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+  return bit_cast<float>(scaled | special | (bits & 0x8000u) << 16);
+}
+
+template <typename T, typename A>
+MOE_EXT_INLINE T narrow(A x) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const float f = static_cast<float>(x);
+    const uint32_t bits = bit_cast<uint32_t>(f);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    return c10::BFloat16(static_cast<uint16_t>(f != f ? 0x7fc0u : rounded),
+                         c10::BFloat16::from_bits());
+  } else if constexpr (std::is_same_v<T, c10::Half>) {
+    const float f = static_cast<float>(x);
+    const uint32_t bits = bit_cast<uint32_t>(f), magnitude = bits & 0x7fffffffu;
+    // Overflows what is too large, then adds a power of two at which float32's last
+    // bit is float16's (never below that of its subnormal numbers).
+    const float base = bit_cast<float>(magnitude) * 0x1p112f * 0x1p-110f;
+    const uint32_t exponent = magnitude & 0x7f800000u;
+    const uint32_t bias = (exponent < 0x38800000u ? 0x38800000u : exponent) + 0x07800000u;
+    const uint32_t sum = bit_cast<uint32_t>(bit_cast<float>(bias) + base);
+    const uint32_t half = (sum >> 13 & 0x7c00u) + (sum & 0x0fffu);
+    return c10::Half(static_cast<uint16_t>((bits >> 16 & 0x8000u) | (f != f ? 0x7e00u : half)),
+                     c10::Half::from_bits());
+  } else {
+    return static_cast<T>(x);
+  }
 }
 
 // exp(x) for x <= 0, within 1 ulp, in operations that every vector unit has; 0 below

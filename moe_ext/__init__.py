@@ -8,8 +8,8 @@ from . import functional, losses, reference
 from .checkpoint import checkpoint_policy
 from .functional import batch_invariant
 from .losses import set_loss_scale
-from .moe import MoE
 from .masking import padding
+from .moe import MoE
 from .routing import Routing, update_router_biases, update_router_biases_on_step
 from .types import Plan, Route
 

@@ -10,6 +10,14 @@ import math
 import numbers
 import operator
 
+import torch
+
+from .reference import ACTIVATIONS, GATES
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "softmax_topk")
+DROP_POLICIES = ("choice", "token", "probs")
+
 
 def describe(value):
     """`float32 (4, 2)` for a tensor, else the value or the name of its type."""
@@ -66,3 +74,144 @@ def check_flag(op, name, value):
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be True or False, got {describe(value)}")
     return value
+
+
+def check_dtype(op, name, value):
+    """None or one of the four floating dtypes."""
+    if value is not None and value not in FLOATS:
+        raise (ValueError if isinstance(value, torch.dtype) else TypeError)(
+            f"{op}: {name} must be None, torch.float64, torch.float32, torch.bfloat16"
+            f" or torch.float16, got {value!r}"
+        )
+    return value
+
+
+# ---- the options of MoE ------------------------------------------------------------
+
+
+def check_top_k(top_k, num_experts_per_tok, num_experts):
+    """K from its two names; 2 where neither is given."""
+    if top_k is None:
+        top_k = 2 if num_experts_per_tok is None else num_experts_per_tok
+    elif num_experts_per_tok is not None and num_experts_per_tok != top_k:
+        raise ValueError(
+            "MoE: top_k and num_experts_per_tok are two names of one number, and must be equal,"
+            f" got {top_k!r} and {num_experts_per_tok!r}"
+        )
+    return check_integer("MoE", "top_k", top_k, maximum=num_experts)
+
+
+def check_groups(n_group, topk_group, group_score, num_experts, top_k):
+    n_group = check_integer("MoE", "n_group", n_group, maximum=num_experts)
+    topk_group = check_integer("MoE", "topk_group", topk_group, maximum=n_group)
+    check_name("MoE", "group_score", group_score, ("max", "top2_sum"))
+    if num_experts % n_group:
+        raise ValueError(f"MoE: n_group must divide num_experts ({num_experts}), got {n_group}")
+    eligible = num_experts // n_group * topk_group
+    if top_k > eligible:
+        raise ValueError(
+            f"MoE: top_k must be at most the {eligible} experts of topk_group={topk_group}"
+            f" groups, got {top_k}"
+        )
+    return dict(n_group=n_group, topk_group=topk_group, group_score=group_score)
+
+
+def check_clamp(activation, limit, alpha, up_offset):
+    """The numbers beside the name of an activation."""
+    check_name("MoE", "activation", activation, (*GATES, *ACTIVATIONS))
+    if limit is not None:
+        limit = check_number("MoE", "limit", limit, positive=True)
+    alpha = check_number("MoE", "alpha", alpha, minimum=-math.inf)
+    up_offset = check_number("MoE", "up_offset", up_offset, minimum=-math.inf)
+    if activation not in GATES and (limit is not None or up_offset != 0.0):
+        raise ValueError(
+            "MoE: limit and up_offset must be left alone without a gate"
+            f" (gated: {', '.join(GATES)}), got activation={activation!r}"
+        )
+    if activation != "swiglu" and alpha != 1.0:
+        raise ValueError(f"MoE: alpha must be 1.0 for {activation!r} (it is swiglu's), got {alpha}")
+    return dict(limit=limit, alpha=alpha, up_offset=up_offset)
+
+
+def check_layout(activation, transposed, interleaved):
+    check_flag("MoE", "transposed", transposed)
+    if check_flag("MoE", "interleaved", interleaved) and activation not in GATES:
+        raise ValueError(
+            f"MoE: interleaved must be False for {activation!r}, which has no gate, got True"
+        )
+    return dict(transposed=transposed, interleaved=interleaved)
+
+
+def check_shared(size, gate):
+    size = check_integer("MoE", "shared_expert_intermediate_size", size, minimum=0)
+    if check_flag("MoE", "shared_expert_gate", gate) and not size:
+        raise ValueError(
+            "MoE: shared_expert_gate must be False without shared experts"
+            " (shared_expert_intermediate_size=0), got True"
+        )
+    return size
+
+
+# ---- the arguments of MoE.forward ----------------------------------------------------
+
+
+def check_tokens(x, hidden_size, weight):
+    """x: (..., H) in the dtype of the parameters, or any floating one under autocast."""
+    is_tensor = isinstance(x, torch.Tensor)
+    if (
+        is_tensor
+        and x.dim() >= 2
+        and x.shape[-1] == hidden_size
+        and x.dtype == weight.dtype
+        and x.device == weight.device
+    ):
+        return
+    dtype = str(weight.dtype).removeprefix("torch.")
+    expected = f"{dtype} of shape (..., {hidden_size}), two dimensions or more"
+    if not is_tensor or x.dtype not in FLOATS:
+        raise TypeError(f"MoE: x must be {expected}, got {describe(x)}")
+    if x.dim() < 2 or x.shape[-1] != hidden_size:
+        raise ValueError(f"MoE: x must be {expected}, got {describe(x)}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"MoE: x must be {expected} (or under autocast), got {describe(x)}")
+    if x.device != weight.device:
+        raise ValueError(f"MoE: x must be on the parameters' {weight.device}, got {x.device}")
+
+
+def check_mask(op, name, mask, shape=None):
+    """bool, True is padding; of this shape, or of any where it is None."""
+    expected = "bool" if shape is None else f"bool of shape {tuple(shape)}"
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be {expected}, got {describe(mask)}")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"{op}: {name} must be {expected}, True is padding, got {describe(mask)};"
+            " from an attention mask take `attention_mask == 0`"
+        )
+    if shape is not None and mask.shape != shape:
+        raise ValueError(f"{op}: {name} must be {expected}, got {describe(mask)}")
+
+
+def check_routing(routing, tokens, top_k, num_experts):
+    """A recorded `Routing` fits a layer and a batch."""
+    experts, plan = getattr(routing, "experts", None), getattr(routing, "plan", None)
+    if not isinstance(experts, torch.Tensor):
+        raise TypeError(
+            "MoE: routing must be a moe_ext.Routing, as return_routing=True gives it,"
+            f" got {describe(routing)}"
+        )
+    if experts.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"MoE: routing.experts must be int32 or int64 of shape {(tokens, top_k)},"
+            f" got {describe(experts)}"
+        )
+    if experts.shape != (tokens, top_k):
+        raise ValueError(
+            f"MoE: routing.experts must be int32 or int64 of shape {(tokens, top_k)},"
+            f" got {describe(experts)}"
+        )
+    if plan is not None and plan.expert_offsets.shape != (num_experts + 1,):
+        raise ValueError(
+            f"MoE: routing.plan must be of {num_experts} experts, expert_offsets of shape"
+            f" {(num_experts + 1,)}, got {describe(plan.expert_offsets)}"
+        )

@@ -38,4 +38,3 @@ def checkpoint_policy(policy=None):
         return CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(decide)
-

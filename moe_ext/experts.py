@@ -1,7 +1,6 @@
 """The experts: their parameters, and the feed-forward network that all tokens share."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from . import functional

@@ -9,14 +9,15 @@ training loop needs no change. The gradient enters where the weights leave the
 router: whatever backward pass reaches the layer's output also trains its balance.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 
-from ._checks import check_name, check_number, describe
+from ._checks import SCORE_FUNCTIONS, check_name, check_number, describe
 from .reference import accumulation_dtype, scores_of
 
 NORMALIZATIONS = ("assignments", "switch", "hf")
-SCORE_FUNCTIONS = ("softmax", "sigmoid", "softmax_topk")
 
 
 def ordered_sum(values):
@@ -181,6 +182,26 @@ def inject(carrier, loss, scale):
     tensor, read when the backward pass runs.
     """
     return _Inject.apply(carrier, loss, scale)
+
+
+_warned = False
+
+
+def warn_of_float16(x):
+    """Once a process: float16 training whose losses nobody scales."""
+    global _warned
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    if dtype == torch.float16 and not _warned:
+        _warned = True
+        warnings.warn(
+            "moe_ext: training in float16 injects the router's losses unscaled, where GradScaler"
+            " scales the loop's own loss. Before each step call moe_ext.set_loss_scale(model,"
+            " scaler.get_scale() / accumulation_steps), or set_loss_scale(model, 1.0) if that"
+            " is meant.",
+            stacklevel=4,
+        )
 
 
 def set_loss_scale(model, scale):

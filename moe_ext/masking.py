@@ -2,9 +2,7 @@
 
 import contextlib
 
-import torch
-
-from ._checks import describe
+from ._checks import check_mask
 
 # A plain global: torch.compile traces it (it refuses a ContextVar), and a backward
 # pass that recomputes on one of autograd's own threads sees it.
@@ -41,14 +39,3 @@ def padding(mask):
 
 def current_padding():
     return _mask
-
-
-def check_mask(op, name, mask, shape=None):
-    expected = "bool" if shape is None else f"bool of shape {tuple(shape)}"
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        hint = ""
-        if isinstance(mask, torch.Tensor) and not mask.is_complex():
-            hint = "; True is padding: from an attention mask take `attention_mask == 0`"
-        raise TypeError(f"{op}: {name} must be {expected}, got {describe(mask)}{hint}")
-    if shape is not None and mask.shape != shape:
-        raise ValueError(f"{op}: {name} must be {expected}, got {describe(mask)}")

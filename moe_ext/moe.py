@@ -1,23 +1,33 @@
 """The layer: a token's way through the stages."""
 
 import math
-import warnings
-from fractions import Fraction
 
 import torch
 from torch import nn
 
 from . import losses
-from ._checks import check_flag, check_integer, check_name, check_number, describe
+from ._checks import (
+    DROP_POLICIES,
+    SCORE_FUNCTIONS,
+    check_clamp,
+    check_dtype,
+    check_flag,
+    check_groups,
+    check_integer,
+    check_layout,
+    check_mask,
+    check_name,
+    check_number,
+    check_routing,
+    check_shared,
+    check_tokens,
+    check_top_k,
+)  # fmt: skip
 from .experts import Experts, SharedExperts
 from .functional import capacity_scatter
-from .masking import check_mask, current_padding
-from .reference import ACTIVATIONS, GATES
-from .routing import Router, Routing
+from .masking import current_padding
+from .routing import Capacity, Router, Routing, renormalize_after_drop
 from .stats import RoutingStats
-
-DROP_POLICIES = ("choice", "token", "probs")
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class MoE(nn.Module):
@@ -161,35 +171,37 @@ class MoE(nn.Module):
         self.hidden_size = check_integer("MoE", "hidden_size", hidden_size)
         self.intermediate_size = check_integer("MoE", "intermediate_size", intermediate_size)
         self.num_experts = check_integer("MoE", "num_experts", num_experts)
-        self.top_k = self._check_top_k(top_k, num_experts_per_tok)
-
-        self.activation = check_name("MoE", "activation", activation, (*GATES, *ACTIVATIONS))
-        clamp = self._check_clamp(activation, limit, alpha, up_offset)
-        layout = dict(
-            transposed=check_flag("MoE", "transposed", transposed),
-            interleaved=check_flag("MoE", "interleaved", interleaved),
+        self.top_k = check_top_k(top_k, num_experts_per_tok, num_experts)
+        self.activation = activation
+        ffn = dict(
+            activation=activation,
+            bias=check_flag("MoE", "bias", bias),
+            **check_clamp(activation, limit, alpha, up_offset),
         )
-        if interleaved and activation not in GATES:
-            raise ValueError(f"MoE: interleaved must be False for {activation!r}, which has no gate")
-        bias = check_flag("MoE", "bias", bias)
+        layout = check_layout(activation, transposed, interleaved)
+        shared_size = check_shared(shared_expert_intermediate_size, shared_expert_gate)
 
-        self.score_function = check_name(
-            "MoE", "score_function", score_function, losses.SCORE_FUNCTIONS
-        )
-        selection = dict(
+        self.score_function = check_name("MoE", "score_function", score_function, SCORE_FUNCTIONS)
+        scale = check_number("MoE", "routed_scaling_factor", routed_scaling_factor, -math.inf)
+        self.bias_update_rate = check_number("MoE", "bias_update_rate", bias_update_rate)
+        router = dict(
             score_function=score_function,
             norm_topk_prob=check_flag("MoE", "norm_topk_prob", norm_topk_prob),
-            routed_scaling_factor=check_number(
-                "MoE", "routed_scaling_factor", routed_scaling_factor, minimum=-math.inf
+            routed_scaling_factor=scale,
+            **check_groups(n_group, topk_group, group_score, num_experts, self.top_k),
+            bias=check_flag("MoE", "gate_bias", gate_bias),
+            score_correction_bias=(
+                check_flag("MoE", "score_correction_bias", score_correction_bias)
+                or self.bias_update_rate > 0
             ),
-            **self._check_groups(n_group, topk_group, group_score),
+            input_dtype=check_dtype("MoE", "router_dtype", router_dtype),
         )
-        self.bias_update_rate = check_number("MoE", "bias_update_rate", bias_update_rate)
-        has_correction = check_flag("MoE", "score_correction_bias", score_correction_bias)
+        self.jitter_eps = check_number("MoE", "jitter_eps", jitter_eps, below=1.0)
+        self.jitter_target = check_name("MoE", "jitter_target", jitter_target, ("router", "block"))
 
+        self.min_capacity = check_integer("MoE", "min_capacity", min_capacity, minimum=0)
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
-        self.min_capacity = check_integer("MoE", "min_capacity", min_capacity, minimum=0)
         if expert_capacity is not None:
             expert_capacity = check_integer("MoE", "expert_capacity", expert_capacity)
         self.expert_capacity = expert_capacity
@@ -204,44 +216,19 @@ class MoE(nn.Module):
         self.aux_loss_coef = check_number("MoE", "aux_loss_coef", aux_loss_coef)
         self.z_loss_coef = check_number("MoE", "z_loss_coef", z_loss_coef)
         self.inject_losses = check_flag("MoE", "inject_losses", inject_losses)
-        self.jitter_eps = check_number("MoE", "jitter_eps", jitter_eps, below=1.0)
-        self.jitter_target = check_name("MoE", "jitter_target", jitter_target, ("router", "block"))
-        shared_size = check_integer(
-            "MoE", "shared_expert_intermediate_size", shared_expert_intermediate_size, minimum=0
-        )
-        if check_flag("MoE", "shared_expert_gate", shared_expert_gate) and not shared_size:
-            raise ValueError(
-                "MoE: shared_expert_gate must be False without shared experts"
-                " (shared_expert_intermediate_size=0)"
-            )
-        for name, value in (("router_dtype", router_dtype), ("dtype", dtype)):
-            if value is not None and value not in FLOATS:
-                raise (ValueError if isinstance(value, torch.dtype) else TypeError)(
-                    f"MoE: {name} must be None, torch.float64, torch.float32, torch.bfloat16"
-                    f" or torch.float16, got {describe(value)}"
-                )
-        self.init_std = check_number("MoE", "init_std", init_std)
 
+        self.init_std = check_number("MoE", "init_std", init_std)
+        check_dtype("MoE", "dtype", dtype)
         common = dict(init_std=self.init_std, device=device, dtype=dtype)
-        self.gate = Router(
-            hidden_size, num_experts, self.top_k,
-            bias=check_flag("MoE", "gate_bias", gate_bias),
-            score_correction_bias=has_correction or self.bias_update_rate > 0,
-            input_dtype=router_dtype, **selection, **common,
-        )  # fmt: skip
+        self.gate = Router(hidden_size, num_experts, self.top_k, **router, **common)
         self.experts = Experts(
-            hidden_size, intermediate_size, num_experts,
-            activation=activation, bias=bias, **clamp, **layout, **common,
-        )  # fmt: skip
+            hidden_size, intermediate_size, num_experts, **ffn, **layout, **common
+        )
         self.shared_experts = self.shared_expert_gate = None
         if shared_size:
-            self.shared_experts = SharedExperts(
-                hidden_size, shared_size, activation=activation, bias=bias, **clamp, **common
-            )
+            self.shared_experts = SharedExperts(hidden_size, shared_size, **ffn, **common)
         if shared_expert_gate:
-            self.shared_expert_gate = nn.Linear(
-                hidden_size, 1, bias=False, device=device, dtype=dtype
-            )
+            self.shared_expert_gate = nn.Linear(hidden_size, 1, False, device, dtype)
             nn.init.normal_(self.shared_expert_gate.weight, std=self.init_std)
 
         # Plain tensors, outside of the state_dict; they follow the gate's device.
@@ -255,7 +242,7 @@ class MoE(nn.Module):
 
     def forward(self, x, *, padding_mask=None, routing=None, return_routing=False):
         """See the class."""
-        self._check_input(x)
+        check_tokens(x, self.hidden_size, self.experts.down_proj)
         padding_mask = self._padding_of(x, padding_mask)
         tokens = x.reshape(-1, self.hidden_size)
         if padding_mask is not None:
@@ -272,7 +259,7 @@ class MoE(nn.Module):
             logits, route = self.gate(router_tokens, padding_mask)
             plan = self._plan(x.shape, route, padding_mask)
         else:
-            self._check_routing(routing, tokens)
+            check_routing(routing, tokens.shape[0], self.top_k, self.num_experts)
             logits, route = self.gate(router_tokens, padding_mask, routing.experts)
             plan = routing.plan
             if plan is None:
@@ -298,6 +285,26 @@ class MoE(nn.Module):
             return y
         return y, Routing(logits, weights, route.experts, plan, aux_loss, z_loss)
 
+    def _padding_of(self, x, mask):
+        """The mask of this call: its own, else the surrounding `padding` context's."""
+        if mask is not None:
+            check_mask("MoE", "padding_mask", mask, x.shape[:-1])
+            return mask
+        mask = current_padding()
+        if not torch.compiler.is_compiling():
+            if mask is not None:
+                self._takes_context_padding = True
+            elif self._takes_context_padding:
+                if torch._C._current_graph_task_id() != -1:
+                    raise RuntimeError(
+                        "MoE: a backward pass recomputes this layer without the padding mask of"
+                        " its forward pass: call backward() inside `with moe_ext.padding(mask)`"
+                    )
+                self._takes_context_padding = False
+        if mask is not None and not (x.dim() == 2 and mask.numel() == x.shape[0]):
+            check_mask("MoE", "the mask of moe_ext.padding", mask, x.shape[:-1])
+        return mask
+
     def _plan(self, shape, route, padding_mask):
         if self.capacity_scope == "sequence":
             tokens, num_sequences = shape[-2], math.prod(shape[:-2])
@@ -313,18 +320,12 @@ class MoE(nn.Module):
         """C, the most rows of one expert, for so many tokens in the mode that the layer is in.
 
         min(max(ceil(factor * tokens * top_k / num_experts), min_capacity), tokens), or
-        None where the layer is dropless. Exact integers, and symbolic ones for
-        torch.compile: the factor is the fraction nearest to it with a denominator of at
-        most a million.
+        None where the layer is dropless.
         """
         if self.expert_capacity is not None:
             return torch.sym_min(self.expert_capacity, tokens)
-        ratio = self._capacity_ratio if self.training else self._eval_capacity_ratio
-        if ratio is None:
-            return None
-        numerator, denominator = ratio
-        capacity = -(-(tokens * self.top_k * numerator) // (self.num_experts * denominator))
-        return torch.sym_min(torch.sym_max(capacity, self.min_capacity), tokens)
+        factor = self._capacity if self.training else self._eval_capacity
+        return factor(tokens)
 
     def _losses(self, x, route, padding_mask, return_routing):
         """(weights, aux_loss, z_loss); the weights carry the losses' gradient in training."""
@@ -350,29 +351,14 @@ class MoE(nn.Module):
         if return_routing or self.z_loss_coef > 0:
             z_loss = losses.mean_square(logsumexp, tokens)
         if inject:
-            self._warn_of_float16(x)
+            if not (self._loss_scale_is_set or torch.compiler.is_compiling()):
+                losses.warn_of_float16(x)
             terms = ((self.aux_loss_coef, aux_loss), (self.z_loss_coef, z_loss))
             total = sum(coef * loss for coef, loss in terms if coef > 0)
             weights = losses.inject(weights, total, self.loss_scale)
         if self.inject_losses and return_routing:
             aux_loss, z_loss = aux_loss.detach(), z_loss.detach()
         return weights, aux_loss, z_loss
-
-    def _warn_of_float16(self, x):
-        if self._loss_scale_is_set or torch.compiler.is_compiling():
-            return
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        else:
-            dtype = x.dtype
-        if dtype == torch.float16:
-            _warn_once(
-                "moe_ext: training in float16 injects the router's losses unscaled, where GradScaler"
-                " scales the loop's own loss. Before each step call"
-                " moe_ext.set_loss_scale(model, scaler.get_scale() / accumulation_steps)"
-                " (or set_loss_scale(model, 1.0) to say that it is meant)."
-            )
 
     def _shared(self, tokens, padding_mask):
         shared = self.shared_experts(tokens)
@@ -423,21 +409,22 @@ class MoE(nn.Module):
 
     @property
     def capacity_factor(self):
-        return self._capacity_factor
+        return self._capacity.factor
 
     @capacity_factor.setter
     def capacity_factor(self, factor):
-        self._capacity_ratio = _ratio("capacity_factor", factor)
-        self._capacity_factor = factor
+        self._capacity = self._make_capacity("capacity_factor", factor)
 
     @property
     def eval_capacity_factor(self):
-        return self._eval_capacity_factor
+        return self._eval_capacity.factor
 
     @eval_capacity_factor.setter
     def eval_capacity_factor(self, factor):
-        self._eval_capacity_ratio = _ratio("eval_capacity_factor", factor)
-        self._eval_capacity_factor = factor
+        self._eval_capacity = self._make_capacity("eval_capacity_factor", factor)
+
+    def _make_capacity(self, name, factor):
+        return Capacity(name, factor, self.min_capacity, self.top_k, self.num_experts)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -469,135 +456,3 @@ class MoE(nn.Module):
             if getattr(self, name):
                 text += f", {name}={getattr(self, name)}"
         return text
-
-    # ---- checks ------------------------------------------------------------------
-
-    def _check_top_k(self, top_k, num_experts_per_tok):
-        if top_k is None:
-            top_k = 2 if num_experts_per_tok is None else num_experts_per_tok
-        elif num_experts_per_tok is not None and num_experts_per_tok != top_k:
-            raise ValueError(
-                f"MoE: top_k and num_experts_per_tok are two names of one number,"
-                f" got {top_k!r} and {num_experts_per_tok!r}"
-            )
-        return check_integer("MoE", "top_k", top_k, maximum=self.num_experts)
-
-    def _check_groups(self, n_group, topk_group, group_score):
-        n_group = check_integer("MoE", "n_group", n_group, maximum=self.num_experts)
-        topk_group = check_integer("MoE", "topk_group", topk_group, maximum=n_group)
-        check_name("MoE", "group_score", group_score, ("max", "top2_sum"))
-        if self.num_experts % n_group:
-            raise ValueError(
-                f"MoE: n_group must divide num_experts ({self.num_experts}), got {n_group}"
-            )
-        eligible = self.num_experts // n_group * topk_group
-        if self.top_k > eligible:
-            raise ValueError(
-                f"MoE: top_k must be at most the {eligible} experts of topk_group={topk_group}"
-                f" groups, got {self.top_k}"
-            )
-        return dict(n_group=n_group, topk_group=topk_group, group_score=group_score)
-
-    def _check_clamp(self, activation, limit, alpha, up_offset):
-        if limit is not None:
-            limit = check_number("MoE", "limit", limit, positive=True)
-        alpha = check_number("MoE", "alpha", alpha, minimum=-math.inf)
-        up_offset = check_number("MoE", "up_offset", up_offset, minimum=-math.inf)
-        if activation not in GATES and (limit is not None or up_offset != 0.0):
-            raise ValueError(
-                f"MoE: limit and up_offset belong to the gated activations"
-                f" ({', '.join(GATES)}), got activation={activation!r}"
-            )
-        if activation != "swiglu" and alpha != 1.0:
-            raise ValueError(f"MoE: alpha belongs to swiglu, got activation={activation!r}")
-        return dict(limit=limit, alpha=alpha, up_offset=up_offset)
-
-    def _check_input(self, x):
-        weight = self.experts.down_proj
-        is_tensor = isinstance(x, torch.Tensor)
-        if (
-            is_tensor
-            and x.dim() >= 2
-            and x.shape[-1] == self.hidden_size
-            and x.dtype == weight.dtype
-            and x.device == weight.device
-        ):
-            return
-        dtype = str(weight.dtype).removeprefix("torch.")
-        expected = f"{dtype} of shape (..., {self.hidden_size}), two dimensions or more"
-        if not is_tensor or x.dtype not in FLOATS:
-            raise TypeError(f"MoE: x must be {expected}, got {describe(x)}")
-        if x.dim() < 2 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"MoE: x must be {expected}, got {describe(x)}")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
-                f"MoE: x must be {expected} (or run under torch.autocast), got {describe(x)}"
-            )
-        if x.device != weight.device:
-            raise ValueError(
-                f"MoE: x must be on the parameters' device {weight.device}, got {x.device}"
-            )
-
-    def _padding_of(self, x, mask):
-        """The mask of this call: its own, else the surrounding `padding` context's."""
-        if mask is not None:
-            check_mask("MoE", "padding_mask", mask, x.shape[:-1])
-            return mask
-        mask = current_padding()
-        if not torch.compiler.is_compiling():
-            if mask is not None:
-                self._takes_context_padding = True
-            elif self._takes_context_padding:
-                if torch._C._current_graph_task_id() != -1:
-                    raise RuntimeError(
-                        "MoE: a backward pass recomputes this layer without the padding mask of"
-                        " its forward pass: call backward() inside `with moe_ext.padding(mask)`"
-                    )
-                self._takes_context_padding = False
-        if mask is not None and not (x.dim() == 2 and mask.numel() == x.shape[0]):
-            check_mask("MoE", "the mask of moe_ext.padding", mask, x.shape[:-1])
-        return mask
-
-    def _check_routing(self, routing, tokens):
-        if not isinstance(routing, Routing):
-            raise TypeError(
-                f"MoE: routing must be the Routing that return_routing=True gave,"
-                f" got {describe(routing)}"
-            )
-        expected = (tokens.shape[0], self.top_k)
-        if routing.experts.shape != expected:
-            raise ValueError(
-                f"MoE: routing.experts must be of shape {expected}, got {describe(routing.experts)}"
-            )
-        plan = routing.plan
-        if plan is not None and plan.expert_offsets.shape[0] != self.num_experts + 1:
-            raise ValueError(
-                f"MoE: routing.plan must be of {self.num_experts} experts,"
-                f" got {plan.expert_offsets.shape[0] - 1}"
-            )
-
-
-def renormalize_after_drop(weights, assignment_row):
-    """Weights (T, K) whose kept ones sum to what all of them did; 0 where all were dropped."""
-    kept = torch.where(assignment_row >= 0, weights, 0.0)
-    total = kept.sum(-1, keepdim=True)
-    # The inner where keeps 0/0 out of the gradient too.
-    lost = total == 0
-    return kept * torch.where(lost, 0.0, weights.sum(-1, keepdim=True) / torch.where(lost, 1.0, total))
-
-
-def _ratio(name, factor):
-    """The factor as (numerator, denominator); None, which is dropless, stays None."""
-    if factor is None:
-        return None
-    factor = Fraction(check_number("MoE", name, factor, positive=True)).limit_denominator(10**6)
-    return factor.numerator, factor.denominator
-
-
-_warned = set()
-
-
-def _warn_once(message):
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, stacklevel=4)

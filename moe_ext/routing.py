@@ -1,5 +1,6 @@
 """The router: logits of every token, its choice of experts, and the bias on that choice."""
 
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional
+from ._checks import check_number
 from .types import Plan
 
 
@@ -97,6 +99,40 @@ class Router(nn.Module):
                 *(f"{name}={value!r}" for name, value in self.options.items()),
             ]
         )
+
+
+class Capacity:
+    """C = min(max(ceil(factor * T * K / E), min_capacity), T), or None: dropless.
+
+    Exact integers, and symbolic ones for torch.compile: the factor is the fraction
+    nearest to it with a denominator of at most a million.
+    """
+
+    def __init__(self, name, factor, min_capacity, top_k, num_experts):
+        self.factor = factor
+        self.min_capacity = min_capacity
+        if factor is not None:
+            check_number("MoE", name, factor, positive=True)
+            # A factor of E is no limit already, and keeps the integers small.
+            ratio = Fraction(min(factor, num_experts)).limit_denominator(10**6)
+            ratio = ratio * top_k / num_experts
+            self.numerator, self.denominator = ratio.numerator, ratio.denominator
+
+    def __call__(self, tokens):
+        if self.factor is None:
+            return None
+        capacity = -(-(tokens * self.numerator) // self.denominator)
+        return torch.sym_min(torch.sym_max(capacity, self.min_capacity), tokens)
+
+
+def renormalize_after_drop(weights, assignment_row):
+    """Weights (T, K) whose kept ones sum to what all of them did; 0 where all were dropped."""
+    kept = torch.where(assignment_row >= 0, weights, 0.0)
+    kept_sum = kept.sum(-1, keepdim=True)
+    lost = kept_sum == 0
+    # The inner where keeps 0/0 out of the gradient too.
+    scale = weights.sum(-1, keepdim=True) / torch.where(lost, 1.0, kept_sum)
+    return kept * torch.where(lost, 0.0, scale)
 
 
 @torch.no_grad()

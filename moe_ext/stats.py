@@ -43,7 +43,9 @@ class RoutingStats:
         """Follows its module to a device; leaving the meta device starts at zero."""
         for name, tensor in vars(self).items():
             if tensor is not None and tensor.device != device:
-                moved = torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+                moved = (
+                    torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+                )
                 setattr(self, name, moved)
 
     def accumulate(self, logits, route, assignment_row, padding_mask, score_function, training):

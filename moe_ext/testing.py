@@ -120,8 +120,44 @@ def in_float64(inputs):
     }
 
 
-def compare_stages(x, gate, experts, *, top_k, routing=None, scatter=None, ffn=None):
-    """The stages of a layer, one by one, on x (T, H): a Comparison.
+def compare(layer, x, padding_mask=None):
+    """Runs the stages of a `MoE` layer one by one on x (..., H), as the layer would in
+    its present mode: a Comparison.
+
+    For every stage the path that moe_ext takes (see MOE_EXT_BACKEND) against
+    `moe_ext.reference` in float64, outputs and gradients of drawn cotangents, with
+    the limit that plain PyTorch in the layer's dtype sets. Near-ties may be chosen
+    either way; a choice that is worse by more than rounding counts as wrong. Shared
+    experts, jitter and losses are no stages and left out; the layer is not changed.
+    """
+    gate, experts = layer.gate, layer.experts
+    up_proj, down_proj, up_bias, down_bias = experts.weights()
+    sequence = layer.capacity_scope == "sequence"
+    tokens = x.shape[-2] if sequence else x[..., 0].numel()
+    mask = None if padding_mask is None else padding_mask.reshape(-1)
+    return compare_stages(
+        x,
+        gate=dict(weight=gate.weight, bias=gate.bias),
+        experts=dict(up_proj=up_proj, down_proj=down_proj, up_bias=up_bias, down_bias=down_bias),
+        top_k=layer.top_k,
+        router_dtype=gate.input_dtype,
+        routing=dict(
+            selection_bias=gate.e_score_correction_bias, padding_mask=mask, **gate.options
+        ),
+        scatter=dict(
+            capacity=layer.capacity(tokens),
+            padding_mask=mask,
+            drop_policy=layer.drop_policy,
+            num_sequences=x[..., 0].numel() // max(tokens, 1) if sequence else 1,
+        ),
+        ffn=experts.options,
+    )
+
+
+def compare_stages(
+    x, gate, experts, *, top_k, router_dtype=None, routing=None, scatter=None, ffn=None
+):
+    """`compare` without a layer, on x (T, H) and bare tensors.
 
     gate: weight (E, H), and bias (E) or None. experts: up_proj, down_proj, and
     up_bias, down_bias or None. routing, scatter, ffn: the options of `topk_route`,
@@ -152,14 +188,17 @@ def compare_stages(x, gate, experts, *, top_k, routing=None, scatter=None, ffn=N
         return oracle
 
     x = x.detach().reshape(-1, x.shape[-1])
-    accumulation = reference.accumulation_dtype(x.dtype)
-    num_experts = gate["weight"].shape[0]
-    logits = run("router_logits", dict(x=x, **gate))["output"].to(accumulation)
+    router = {"x": x, **{name: t for name, t in gate.items() if t is not None}}
+    if router_dtype is not None:
+        router = {name: t.to(router_dtype) for name, t in router.items()}
+    accumulation = reference.accumulation_dtype(router["x"].dtype)
+    num_experts = router["weight"].shape[0]
+    logits = run("router_logits", router)["output"].to(accumulation)
     rows.append(_compare_choice(logits, top_k, routing))
     # The values are compared for one and the same choice.
     chosen = reference.topk_route(logits.double(), top_k, **routing).experts
     route = run("topk_route", dict(logits=logits), top_k=top_k, **{**routing, "experts": chosen})
-    weights = route["weights"].to(accumulation)
+    weights = route["weights"].to(reference.accumulation_dtype(x.dtype))
     plan = run(
         "capacity_scatter",
         dict(experts=chosen),

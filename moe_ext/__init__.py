@@ -10,6 +10,7 @@ from .functional import batch_invariant
 from .losses import set_loss_scale
 from .masking import padding
 from .moe import MoE
+from .replace import replace_ffn
 from .routing import Routing, update_router_biases, update_router_biases_on_step
 from .types import Plan, Route
 
@@ -26,6 +27,7 @@ __all__ = [
     "losses",
     "padding",
     "reference",
+    "replace_ffn",
     "set_loss_scale",
     "update_router_biases",
     "update_router_biases_on_step",

@@ -238,6 +238,30 @@ class MoE(nn.Module):
         self._loss_scale_is_set = False
         self._takes_context_padding = False
 
+    @classmethod
+    def from_dense(cls, ffn, num_experts=8, top_k=None, **options):
+        """An upcycled layer: every expert a copy of a dense FFN, the router fresh.
+
+        Dropless and with weights that sum to 1, K equal experts add up to the one they
+        were copied from, so the layer gives the dense layer's output at the start
+        (Komatsuzaki et al. 2022). Shared experts, if any, start with a down_proj of 0.
+
+        Args:
+            ffn: a module of two linear maps with an activation between them, or of three
+                with a gate (or gate and up in one), under any names: what it computes is
+                found by trying it on a few tokens. Left as it is.
+            num_experts, top_k, **options: of `MoE`; capacity_factor is None (dropless)
+                unless given; device, dtype, biases and mode are the FFN's.
+            activation: (option) tells which one it is instead of trying all.
+
+        Raises:
+            TypeError, ValueError: ffn is no such module, or the options do not make a
+                token's weights sum to 1.
+        """
+        from .replace import upcycle
+
+        return upcycle(ffn, num_experts, top_k, **options)
+
     # ---- the way of a token ------------------------------------------------------
 
     def forward(self, x, *, padding_mask=None, routing=None, return_routing=False):

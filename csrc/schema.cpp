@@ -22,7 +22,8 @@
 #define EXPERT_PARAMETERS "Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias"
 
 TORCH_LIBRARY(moe_ext, m) {
-  // ---- router_logits: x (T, H), weight (E, H), bias (E) -> logits (T, E) float32
+  // ---- router_logits: x (T, H), weight (E, H), bias (E) -> logits (T, E) float32.
+  //      Backward: dx and dweight in their tensors' dtypes, dbias in the logits'.
   m.def("router_logits(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def(
       "router_logits_backward(Tensor grad_logits, Tensor x, Tensor weight, bool[3] output_mask)"
@@ -38,7 +39,7 @@ TORCH_LIBRARY(moe_ext, m) {
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "topk_route_backward(Tensor? grad_weights, Tensor? grad_score_sums, Tensor? grad_logsumexp,"
-      " Tensor logits, Tensor experts, str score_function, bool norm_topk_prob,"
+      " Tensor logits, Tensor experts, Tensor? padding_mask, str score_function, bool norm_topk_prob,"
       " float routed_scaling_factor) -> Tensor");
 
   // ---- capacity_scatter: experts (T, K) -> the plan

@@ -38,7 +38,9 @@ def _(x, weight, bias=None):
 
 @_fake("router_logits_backward")
 def _(grad_logits, x, weight, output_mask):
-    return _masked(output_mask, x, weight, weight[:, 0])
+    dx, dweight = _masked(output_mask[:2], x, weight)
+    dtype = accumulation_dtype(torch.promote_types(x.dtype, weight.dtype))
+    return dx, dweight, x.new_empty(weight.shape[0] if output_mask[2] else 0, dtype=dtype)
 
 
 @_fake("topk_route")
@@ -161,15 +163,15 @@ def _topk_route_setup(ctx, inputs, output):
     experts, counts = output[1], output[2]
     ctx.mark_non_differentiable(experts, counts)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, experts)
+    padding_mask = inputs[3]
+    ctx.save_for_backward(logits, experts, padding_mask)
 
 
 def _topk_route_backward(ctx, grad_weights, _experts, _counts, grad_score_sums, grad_logsumexp):
-    logits, experts = ctx.saved_tensors
     if grad_weights is None and grad_score_sums is None and grad_logsumexp is None:
         return (None,) * 11
     grad = ops.topk_route_backward(
-        grad_weights, grad_score_sums, grad_logsumexp, logits, experts,
+        grad_weights, grad_score_sums, grad_logsumexp, *ctx.saved_tensors,
         ctx.score_function, ctx.norm_topk_prob, ctx.scale,
     )  # fmt: skip
     return (grad, *(None,) * 10)

@@ -7,11 +7,26 @@
 
 `moe_forward` is `grouped_ffn` and `weighted_combine` in one, and keeps less for
 the backward pass.
+
+T tokens, H hidden size, I intermediate size, E experts, K top_k, C capacity. An
+assignment (t, j) is token t's j-th choice; a row is a kept assignment's place in
+expert order; a `Plan` says which assignment became which row. Row arrays have
+R = min(T*K, E*C*num_sequences) entries, known before any routing; what the plan does
+not use of them, its tail, holds -1 in indices and 0 in rows.
+
+All functions: the same inputs give the same bits, forward and backward, whatever the
+number of threads. Nothing is read back to the host. float64, float32, bfloat16 and
+float16; sums are accumulated in float32 (float64 for float64) and rounded once.
+Empty inputs, experts without rows, K = E, duplicate experts in a row and
+non-contiguous tensors are valid. Wrong dtypes raise TypeError, wrong shapes, values,
+names and devices ValueError, before any work. A second derivative, forward-mode AD
+and the transforms of torch.func raise RuntimeError.
 """
 
 import contextlib
 
 import torch
+from torch.autograd import forward_ad
 
 from . import reference
 from ._load import BACKEND
@@ -26,12 +41,37 @@ _batch_invariant = False
 
 @contextlib.contextmanager
 def batch_invariant(enabled=True):
+    """Inside, a token's output does not depend on which other tokens share its batch.
+
+        with moe_ext.batch_invariant():
+            y = layer(x)            # dropless: layer(x)[3] has the bits of layer(x[3:4])[0]
+
+    It pins the order of the sums inside an expert's matrix products, which otherwise
+    may follow the number of rows. Routing, and the order in which a token's K outputs
+    are added, are the same either way. With a capacity, other tokens can still take a
+    token's place. The setting belongs to the process, not to a thread.
+    """
     global _batch_invariant
     previous, _batch_invariant = _batch_invariant, enabled
     try:
         yield
     finally:
         _batch_invariant = previous
+
+
+def _refuse_transforms(op, *tensors):
+    """The ops' gradients are unknown to torch.func and to dual numbers: a silent zero there."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            f"{op}: the transforms of torch.func (grad, vmap, jvp ...) are not supported:"
+            " use torch.autograd"
+        )
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise RuntimeError(f"{op}: forward-mode AD is not supported: use torch.autograd")
 
 
 def _autocast(x, *others):
@@ -48,8 +88,25 @@ def _needs_gradient(*tensors):
 
 
 def router_logits(x, weight, bias=None):
+    """logits = x weight^T + bias, accumulated and returned in float32.
+
+    x and weight go in as they are: no float32 copy of x is made or kept for the
+    backward pass, and autocast leaves the op alone.
+
+    Args:
+        x: (T, H).
+        weight: (E, H), of x's dtype or another floating one.
+        bias: (E), of weight's dtype, or None.
+
+    Returns:
+        (T, E) float32; float64 where x or weight is.
+
+    Differentiable in x, weight and bias. 2 T H E FLOPs.
+    """
+    _refuse_transforms("router_logits", x, weight, bias)
     if BACKEND == "reference":
-        return reference.router_logits(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.router_logits(x, weight, bias)
     return ops.router_logits(x, weight, bias)
 
 
@@ -67,6 +124,42 @@ def topk_route(
     topk_group=1,
     group_score="max",
 ):
+    """Scores, the choice of experts, their weights, and what the losses need: one pass.
+
+        s = softmax(logits) or sigmoid(logits)          (E of a token sum to 1, or each in 0..1)
+        experts = the top_k largest of s + selection_bias, best first
+        weights = s[experts]                            never with the bias
+        weights /= sum(weights) + 1e-20                 with norm_topk_prob
+        weights *= routed_scaling_factor
+
+    softmax_topk chooses by softmax and weights by softmax over the chosen logits.
+
+    Args:
+        logits: (T, E), any floating dtype; scores are float32 (float64 for float64).
+        top_k: K, from 1 to the number of eligible experts.
+        selection_bias: (E) float32, or None. DeepSeek-V3's e_score_correction_bias.
+        padding_mask: (T,) bool, True is padding: its experts are E, its weights 0, and it
+            counts in no sum.
+        experts: (T, K) int32 or int64: a recorded choice to take instead of choosing;
+            ids >= E are sentinels, of weight 0.
+        score_function: "softmax", "sigmoid" or "softmax_topk".
+        norm_topk_prob, routed_scaling_factor: see above.
+        n_group, topk_group, group_score: the experts form n_group groups of neighbours,
+            scored by their best expert ("max", DeepSeek-V2) or the sum of their best two
+            ("top2_sum", DeepSeek-V3); experts outside of the topk_group best groups are
+            not eligible.
+
+    Returns:
+        Route(weights (T, K), experts (T, K) int32, counts (E) int32,
+        score_sums (E), logsumexp (T)): counts and score_sums over the tokens that are not
+        padding, each token's scores summing to 1 in the latter.
+
+    A tie goes to the lower expert id. NaN ranks below every number, so a row of NaN
+    still gets K distinct experts of the lowest ids; its weights are NaN.
+    Differentiable in logits through weights, score_sums and logsumexp; the choice is a
+    constant. No gradient reaches selection_bias.
+    """
+    _refuse_transforms("topk_route", logits)
     options = dict(
         selection_bias=selection_bias,
         padding_mask=padding_mask,
@@ -93,6 +186,32 @@ def capacity_scatter(
     drop_policy="choice",
     num_sequences=1,
 ):
+    """The plan: which assignment becomes which row, and which are dropped.
+
+    Rows are in expert order, and by ascending t*K + j within an expert, whatever
+    decided who stays.
+
+    Args:
+        experts: (T, K) int32 or int64; ids >= E are sentinels (no row); ids < 0 raise
+            ValueError on the CPU.
+        num_experts: E.
+        capacity: C, the most rows an expert takes (of each sequence); None: no limit.
+        weights: (T, K), floating: what drop_policy "probs" goes by; unused otherwise.
+        padding_mask: (T,) bool; padding takes no capacity and counts nowhere.
+        drop_policy: who stays in a full expert. "choice": all first choices in token
+            order, then all second ones, ... (GShard); "token": by t*K + j (megablocks);
+            "probs": the largest weights, ties by t*K + j, NaN last.
+        num_sequences: the T tokens are so many sequences of equal length, and each fills
+            the experts by itself.
+
+    Returns:
+        Plan(expert_offsets (E+1), row_token (R), row_assignment (R),
+        assignment_row (T, K), expert_counts (E)), all int32. expert_counts is before
+        any drop.
+
+    Not differentiable: everything in it is an index.
+    """
+    _refuse_transforms("capacity_scatter", weights)
     if BACKEND == "reference":
         return reference.capacity_scatter(
             experts, num_experts, capacity, weights=weights, padding_mask=padding_mask,
@@ -120,6 +239,33 @@ def grouped_ffn(
     transposed=False,
     interleaved=False,
 ):
+    """Every expert's feed-forward network on its rows, a matrix product an expert.
+
+        rows[r] = down_proj[e] phi(up_proj[e] x[row_token[r]] + up_bias[e]) + down_bias[e]
+
+    Args:
+        x: (T, H).
+        plan: of `capacity_scatter`.
+        up_proj: (E, 2I, H), the rows [gate; up], or (E, I, H) for an activation without a
+            gate; of x's dtype.
+        down_proj: (E, H, I).
+        up_bias, down_bias: (E, 2I) or (E, I), and (E, H); or None.
+        activation: gated: swiglu, geglu, geglu_tanh, reglu: phi(gate) * up; ungated:
+            silu, gelu, gelu_tanh, relu, relu2 (the square of relu).
+        limit, alpha, up_offset: of the gated ones: gate = min(gate, limit), up clamped to
+            [-limit, limit]; swiglu's phi is g * sigmoid(alpha g); up counts as
+            up + up_offset. gpt-oss: 7, 1.702, 1.
+        transposed: up_proj is (E, H, 2I) and down_proj (E, I, H).
+        interleaved: gate and up rows alternate, the gate first.
+
+    Returns:
+        (R, H) in x's dtype, in plan order; the tail is 0. Under autocast, x and the
+        parameters are taken in its dtype.
+
+    Differentiable in x and the parameters; keeps x and the pre-activations (R, 2I) or
+    (R, I) for the backward pass. 6 H I FLOPs a row with a gate, 4 H I without.
+    """
+    _refuse_transforms("grouped_ffn", x, up_proj, down_proj, up_bias, down_bias)
     x, *parameters = _autocast(x, up_proj, down_proj, up_bias, down_bias)
     options = (activation, limit, alpha, up_offset, transposed, interleaved)
     if BACKEND == "reference":
@@ -135,6 +281,19 @@ _FFN_OPTIONS = ("activation", "limit", "alpha", "up_offset", "transposed", "inte
 
 
 def weighted_combine(rows, weights, plan):
+    """y[t] = sum_j weights[t, j] * rows[assignment_row[t, j]], dropped assignments left out.
+
+    Args:
+        rows: (R, H) of `grouped_ffn`.
+        weights: (T, K), of rows' dtype or float32.
+        plan: of `capacity_scatter`.
+
+    Returns:
+        (T, H) in rows' dtype; the K terms are added in the order of j.
+
+    Differentiable in rows and weights; a dropped assignment's weight gets exactly 0.
+    """
+    _refuse_transforms("weighted_combine", rows, weights)
     if BACKEND == "reference":
         return reference.weighted_combine(rows, weights, plan)
     return ops.weighted_combine(rows, weights, plan.row_assignment, plan.assignment_row)
@@ -156,10 +315,43 @@ def moe_forward(
     transposed=False,
     interleaved=False,
 ):
+    """`weighted_combine(grouped_ffn(x, ...), weights, plan)` in one op.
+
+        y[t] = sum_j weights[t, j] * FFN_experts[t, j](x[t])        over the kept (t, j)
+
+    For the backward pass it keeps x, the weights and the pre-activations (R, 2I) or
+    (R, I), not the experts' outputs: the weights' gradient <dy, rows> is formed as
+    <dA, A> + <dy, down_bias> from what the backward pass computes anyway.
+
+    Args:
+        x: (T, H).
+        weights: (T, K), of x's dtype or float32.
+        plan: of `capacity_scatter`.
+        up_proj: (E, 2I, H), the rows [gate; up], or (E, I, H) for an activation without a
+            gate; of x's dtype.
+        down_proj: (E, H, I).
+        up_bias, down_bias: (E, 2I) or (E, I), and (E, H); or None.
+        activation: gated: swiglu, geglu, geglu_tanh, reglu: phi(gate) * up; ungated:
+            silu, gelu, gelu_tanh, relu, relu2 (the square of relu).
+        limit, alpha, up_offset: of the gated ones: gate = min(gate, limit), up clamped to
+            [-limit, limit]; swiglu's phi is g * sigmoid(alpha g); up counts as
+            up + up_offset. gpt-oss: 7, 1.702, 1.
+        transposed: up_proj is (E, H, 2I) and down_proj (E, I, H).
+        interleaved: gate and up rows alternate, the gate first.
+
+    Returns:
+        (T, H) in x's dtype. Under autocast, x and the parameters are taken in its dtype.
+
+    Differentiable in x, weights and the parameters. 6 H I FLOPs a row with a gate,
+    4 H I without.
+    """
+    _refuse_transforms("moe_forward", x, weights, up_proj, down_proj, up_bias, down_bias)
     x, *parameters = _autocast(x, up_proj, down_proj, up_bias, down_bias)
     options = (activation, limit, alpha, up_offset, transposed, interleaved)
     if BACKEND == "reference":
-        return reference.moe_forward(x, weights, plan, *parameters, **dict(zip(_FFN_OPTIONS, options)))
+        return reference.moe_forward(
+            x, weights, plan, *parameters, **dict(zip(_FFN_OPTIONS, options))
+        )
     y, _ = ops.moe_forward(
         x, weights, plan.expert_offsets, plan.row_token, plan.row_assignment, plan.assignment_row,
         *parameters, *options,

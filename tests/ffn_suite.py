@@ -118,7 +118,7 @@ class FFNNumbers(FFNStage):
         self.check(18, 16, 32, 6, 3, dtype, routing, capacity)
 
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-    @pytest.mark.parametrize("rows", (1, 2, 3, 4, 15, 16, 17, 31, 33, 64, 100, 300))
+    @pytest.mark.parametrize("rows", (1, 2, 3, 4, 15, 16, 17, 31, 33, 64, 100, 300, 520))
     def test_rows_an_expert(self, dtype, rows):
         """Two experts with `rows` each, one with one more, and one without any."""
         experts = torch.tensor([0] * rows + [1] * rows + [3] * (rows + 1), dtype=torch.int32)
@@ -133,7 +133,7 @@ class FFNNumbers(FFNStage):
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
-        "hidden, width", ((1, 1), (1, 40), (40, 1), (2, 3), (300, 129), (129, 300))
+        "hidden, width", ((1, 1), (1, 40), (40, 1), (2, 3), (520, 129), (129, 530))
     )
     @pytest.mark.parametrize("transposed", (False, True))
     def test_sizes(self, dtype, hidden, width, transposed):
@@ -265,7 +265,7 @@ class FFNNumbers(FFNStage):
     # ---- same bits ----
 
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-    @pytest.mark.parametrize("shape", ((1, 40, 24, 8, 2), (50, 40, 24, 8, 2), (300, 64, 48, 4, 2)))
+    @pytest.mark.parametrize("shape", ((1, 40, 24, 8, 2), (50, 40, 24, 8, 2), (600, 300, 40, 3, 2)))
     @pytest.mark.parametrize("routing", ("distinct", "one_expert", "sentinels"))
     def test_same_bits(self, dtype, shape, routing, set_threads):
         plan = draw_plan(shape[0], shape[3], shape[4], routing)

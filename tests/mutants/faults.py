@@ -1,0 +1,173 @@
+"""The planted faults: what a tired hand could write, over all stages, both directions."""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    name: str  # what is wrong
+    file: str
+    find: str  # occurs exactly once in the file
+    replace: str
+    tests: tuple[str, ...]  # pytest arguments; one of these tests must fail
+
+
+def faults(file, *tests):
+    """Collects the faults of one file: fault(name, find, replace, *tests)."""
+
+    def fault(name, find, replace, *own):
+        FAULTS.append(Fault(name, file, find, replace, own or tests))
+
+    return fault
+
+
+FAULTS = []
+
+# ---- capacity_scatter ---------------------------------------------------------
+
+fault = faults("csrc/cpu/capacity_scatter.cpp", "tests/test_capacity_scatter.py")
+fault(
+    "an expert takes one row more than its capacity",
+    "expert == all.num_experts || places[expert]-- > 0",
+    "expert == all.num_experts || places[expert]-- >= 0",
+)
+fault(
+    "drop order: choice and token exchanged",
+    "if (policy == kToken) {",
+    "if (policy == kChoice) {",
+)
+fault(
+    "by weight, a tie goes to the later assignment",
+    "key(a) > key(b) : a < b;",
+    "key(a) > key(b) : a > b;",
+)
+fault(
+    "by weight, the smallest stay",
+    "key(a) > key(b) : a < b;",
+    "key(a) < key(b) : a < b;",
+)
+fault(
+    "padding takes capacity",
+    "if (padding[t]) std::fill_n",
+    "if (padding[t] && top_k < 0) std::fill_n",
+)
+fault(
+    "a second sequence finds the experts as the first one left them",
+    "std::fill(places.begin(), places.end(), capacity);",
+    "if (begin == 0) std::fill(places.begin(), places.end(), capacity);",
+)
+fault(
+    "the tail of row_token is 0 instead of -1",
+    "std::fill(token_of + offsets[num_experts], token_of + rows, -1);",
+    "std::fill(token_of + offsets[num_experts], token_of + rows, 0);",
+)
+fault(
+    "R ignores the number of sequences",
+    "const int64_t buckets = num_experts * num_sequences;",
+    "const int64_t buckets = num_experts;",
+)
+fault(
+    "an id below 0 passes",
+    "lowest >= 0, lowest,",
+    "lowest >= -1, lowest,",
+)
+
+# ---- weighted_combine -----------------------------------------------------------
+
+fault = faults("csrc/cpu/weighted_combine.cpp", "tests/test_weighted_combine.py")
+fault(
+    "a block of the hidden size is summed twice at its seam",
+    "for (int64_t i = 0; i < n; ++i) y[begin + i] = narrow<T>(sum[i]);",
+    "for (int64_t i = 0; i < n - (begin > 0); ++i) y[begin + i] = narrow<T>(sum[i]);",
+)
+fault(
+    "the weight is left out of the sum",
+    "const A w = weight[j];",
+    "const A w = 1;",
+)
+fault(
+    "backward: the rows' gradient without the weight",
+    "drow[i] = narrow<T>(weight * static_cast<A>(widen(dy[i])));",
+    "drow[i] = narrow<T>(static_cast<A>(widen(dy[i])));",
+)
+fault(
+    "backward: the weights' gradient keeps its last block alone",
+    "        total += sum;",
+    "        total = sum;",
+)
+fault(
+    "backward: every token's gradient is the first choice's token",
+    "dy_data + assignment / top_k * hidden",
+    "dy_data + assignment % top_k * hidden",
+)
+fault(
+    "backward: the tail of the rows' gradient is not cleared",
+    "if (drow) std::fill_n(drow, hidden, T(0));",
+    "if (drow) std::fill_n(drow, hidden, T(1));",
+)
+
+# ---- statistics -----------------------------------------------------------------
+
+fault = faults("csrc/cpu/accumulate_stats.cpp", "tests/test_stats.py")
+fault(
+    "a recomputed forward counts again",
+    "if (torch::autograd::get_current_graph_task_id() != -1) return;",
+    "",
+)
+fault(
+    "padding counts as tokens",
+    "if (padding && padding[t]) continue;",
+    "",
+)
+fault(
+    "a token that kept one of two assignments counts as lost",
+    "assigned > 0 && kept == 0",
+    "assigned > kept",
+)
+
+fault = faults("moe_ext/stats.py", "tests/test_stats.py")
+fault(
+    "MaxVio is the load over the mean, without the minus 1",
+    "* num_experts / assignments - 1 if assignments",
+    "* num_experts / assignments if assignments",
+)
+
+# ---- losses ---------------------------------------------------------------------
+
+fault = faults("moe_ext/losses.py", "tests/test_losses.py")
+fault(
+    "the balance loss is not divided by top_k",
+    "share = counts / (tokens * top_k)",
+    "share = counts / tokens",
+)
+fault(
+    "the injected gradient ignores the loss scale",
+    "return grad, scale.to(ctx.loss_dtype), None",
+    "return grad, torch.ones_like(scale, dtype=ctx.loss_dtype), None",
+)
+fault(
+    "the z-loss counts padding",
+    "torch.where(present, logsumexp, 0.0)",
+    "logsumexp",
+)
+
+# ---- autograd wiring ------------------------------------------------------------
+
+fault = faults("moe_ext/_ops.py")
+fault(
+    "grouped_ffn: up_proj's gradient is computed where down_proj's is needed",
+    "mask = (needs[0], *needs[4:8])",
+    "mask = (needs[0], needs[5], needs[4], *needs[6:8])",
+    "tests/test_grouped_ffn.py::TestOperator::test_only_needed_gradients",
+)
+fault(
+    "moe_forward keeps expert_counts' worth of bytes too many: a copy of x",
+    "ctx.save_for_backward(x, weights, preactivations, *plan_and_parameters)",
+    "ctx.save_for_backward(x.clone(), weights, preactivations, *plan_and_parameters)",
+    "tests/test_moe_forward.py::TestOperator::test_bytes_kept_for_backward",
+)
+fault(
+    "moe_forward: the weights get no gradient",
+    "mask = (*needs[:2], *needs[6:10])",
+    "mask = (needs[0], False, *needs[6:10])",
+    "tests/test_moe_forward.py::TestNumbers::test_weights_of_zero_have_a_gradient",
+)

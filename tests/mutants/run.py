@@ -1,0 +1,160 @@
+"""Plants faults, one at a time, and checks that the tests catch each of them.
+
+    make mutants                        all of them
+    make mutants ARGS="combine -j 1"    those whose name or file has "combine", one worker
+    make mutants ARGS=--list            their names
+
+The faults stand in faults.py beside this file. A worker plants them in a copy of
+the sources of its own, under build/mutants/, rebuilds what changed and runs the
+tests that are named with the fault; the sources here are not touched. A fault that
+does not compile, or keeps the tests from starting, proves nothing: it counts as broken.
+"""
+
+import argparse
+import filecmp
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+from faults import FAULTS
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIES = ROOT / "build" / "mutants"
+COPIED = ("moe_ext", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
+TIMEOUT = 300  # seconds for the tests of one fault
+
+
+def refresh(copy):
+    """Brings a worker's copy of the sources up to date; what is equal keeps its time stamp."""
+    wanted = set()
+    for top in map(ROOT.joinpath, COPIED):
+        for source in [top] if top.is_file() else top.rglob("*"):
+            if source.is_dir() or source.suffix in (".so", ".pyc"):
+                continue
+            target = copy / source.relative_to(ROOT)
+            wanted.add(target)
+            if not target.exists() or not filecmp.cmp(source, target, shallow=False):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, target)
+    for top in map(copy.joinpath, COPIED):
+        for target in top.rglob("*") if top.is_dir() else ():
+            if target.is_file() and target.suffix not in (".so", ".pyc") and target not in wanted:
+                target.unlink()
+
+
+def python(copy, *arguments):
+    environment = os.environ | {
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "MAX_JOBS": "1",
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=copy, env=environment, timeout=TIMEOUT,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as expired:
+        return -1, str(expired)
+    return done.returncode, done.stdout
+
+
+def build(copy):
+    return python(copy, "setup.py", "build_ext", "--inplace")
+
+
+def run_tests(copy, tests):
+    return python(copy, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
+
+
+def plant(copy, fault):
+    """(verdict, what the tools said): caught, SURVIVED or BROKEN."""
+    path = copy / fault.file
+    original = path.read_text()
+    path.write_text(original.replace(fault.find, fault.replace))
+    try:
+        if fault.file.startswith("csrc"):
+            code, output = build(copy)
+            if code:
+                return "BROKEN", output
+        code, output = run_tests(copy, fault.tests)
+    finally:
+        path.write_text(original)
+    if code == 0:
+        return "SURVIVED", output
+    # 1: a test failed; below 0: it crashed or hung. The others: pytest never ran one.
+    return ("caught" if code == 1 or code < 0 else "BROKEN"), output
+
+
+def set_up(copy, faults):
+    """A worker's copy, built, whose tests pass as long as nothing is planted."""
+    refresh(copy)
+    code, output = build(copy)
+    if code == 0:
+        code, output = run_tests(copy, sorted({test for fault in faults for test in fault.tests}))
+    if code:
+        sys.exit(f"without any fault, in {copy}:\n{output}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "words", nargs="*", help="take the faults whose name or file has one of these"
+    )
+    parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count(), help="workers")
+    parser.add_argument("--list", action="store_true", help="print the faults and stop")
+    options = parser.parse_args()
+    faults = [
+        fault
+        for fault in FAULTS
+        if not options.words or any(word in f"{fault.file} {fault.name}" for word in options.words)
+    ]
+    if options.list:
+        for fault in faults:
+            print(f"{fault.file}: {fault.name}")
+        return
+    for fault in faults:
+        if (ROOT / fault.file).read_text().count(fault.find) != 1:
+            sys.exit(f"{fault.file}: {fault.name}: the text to replace must occur exactly once")
+
+    begin = time.time()
+    jobs = max(1, min(options.jobs, len(faults)))
+    copies = [COPIES / str(worker) for worker in range(jobs)]
+    # Every worker takes a run of neighbours, so that a file is rarely rebuilt unchanged.
+    shares = [
+        faults[worker * len(faults) // jobs : (worker + 1) * len(faults) // jobs]
+        for worker in range(jobs)
+    ]
+    results = SimpleQueue()
+
+    def work(copy, share):
+        set_up(copy, share)
+        for fault in share:
+            started = time.time()
+            verdict, output = plant(copy, fault)
+            results.put(verdict)
+            print(
+                f"{verdict:8} {time.time() - started:4.0f} s  {fault.file}: {fault.name}",
+                flush=True,
+            )
+            if verdict != "caught":
+                print(output, flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in [pool.submit(work, copy, share) for copy, share in zip(copies, shares)]:
+            done.result()
+    verdicts = [results.get() for _ in faults]
+    caught = verdicts.count("caught")
+    print(f"{caught} of {len(faults)} faults caught in {time.time() - begin:.0f} s")
+    sys.exit(caught < len(faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The pictures: loss curves, expert load over steps, drop rate and routing entropy."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+COLOURS = plt.get_cmap("tab10").colors
+
+
+def draw(results, folder):
+    """Writes the pictures that the results allow into `folder`; their paths."""
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    groups = {}
+    for r in results:
+        groups.setdefault(r.variant, []).append(r)
+    labels = {name: runs[0].label for name, runs in groups.items()}
+    colours = {name: COLOURS[i] for i, name in enumerate(groups)}
+    pictures = {"loss.png": loss_curves(groups, labels, colours)}
+    routed = {name: runs for name, runs in groups.items() if runs[0].load}
+    if routed:
+        pictures["load.png"] = load_heatmaps(routed, labels)
+        pictures["routing.png"] = drop_and_entropy(routed, labels, colours)
+    paths = []
+    for name, figure in pictures.items():
+        figure.savefig(folder / name, dpi=110)
+        plt.close(figure)
+        paths.append(folder / name)
+    return paths
+
+
+def mean_curve(runs, series):
+    """Steps, and the mean over the seeds."""
+    curves = np.array([getattr(r, series) for r in runs])
+    return curves[0, :, 0], curves[:, :, 1].mean(0)
+
+
+def loss_curves(groups, labels, colours):
+    """Left: the whole training. Right: the validation losses at its end, seed by seed."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained"
+    )
+    for name, runs in groups.items():
+        steps, loss = mean_curve(runs, "train_loss")
+        left.plot(steps, loss, color=colours[name], linewidth=0.8, alpha=0.4)
+        steps, loss = mean_curve(runs, "validation_loss")
+        left.plot(steps, loss, color=colours[name], marker="o", markersize=3.5, label=labels[name])
+    left.set(
+        xlabel="step", ylabel="loss (nats per byte)", title="Training (faint) and validation loss"
+    )
+    left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:.1f}")
+    left.yaxis.set_minor_formatter("{x:.1f}")
+    left.grid(alpha=0.25, which="both")
+    left.legend(frameon=False)
+
+    for place, (name, runs) in enumerate(groups.items()):
+        final = [r.validation_loss[-1][1] for r in runs]
+        mean = sum(final) / len(final)
+        right.barh(place, mean, color=colours[name], alpha=0.75, height=0.6)
+        right.plot(final, [place] * len(final), "|", color="black", markersize=14)
+        right.text(mean, place, f"  {mean:.3f} ", va="center", ha="left")
+    finals = [r.validation_loss[-1][1] for runs in groups.values() for r in runs]
+    spread = max(max(finals) - min(finals), 0.01)
+    right.set_xlim(min(finals) - spread, max(finals) + 0.8 * spread)
+    right.set_yticks(range(len(groups)), [labels[name] for name in groups])
+    right.invert_yaxis()
+    right.set(xlabel="nats per byte (axis cut)", title="Validation loss at the end")
+    return figure
+
+
+def load_heatmaps(routed, labels):
+    """One row a run, one column a layer; a cell is an expert's load over its fair share."""
+    layers = len(routed[next(iter(routed))][0].load[0][1])
+    rows = len(routed)
+    figure, axes = plt.subplots(
+        rows, layers, figsize=(max(7, 4.4 * layers), 1.1 + 1.9 * rows), squeeze=False,
+        sharex=True, sharey=True, layout="constrained",
+    )  # fmt: skip
+    for row, (name, runs) in zip(axes, routed.items()):
+        steps = [step for step, _ in runs[0].load]
+        load = np.array([shares for _, shares in runs[0].load])  # (time, layers, experts)
+        experts = load.shape[-1]
+        for layer, axis in enumerate(row):
+            axis.grid(False)
+            image = axis.imshow(
+                load[:, layer].T * experts, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2,
+                extent=(0, steps[-1], experts - 0.5, -0.5), interpolation="nearest",
+            )  # fmt: skip
+            axis.set_title(f"{labels[name]}, layer {layer + 1}", fontsize=10)
+            axis.set_yticks(range(0, experts, max(1, experts // 8)))
+        row[0].set_ylabel("expert")
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    bar = figure.colorbar(image, ax=axes, extend="max", aspect=12 * rows, pad=0.02)
+    bar.set_label("load / fair share (white: balanced)")
+    return figure
+
+
+def drop_and_entropy(routed, labels, colours):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    for name, runs in routed.items():
+        steps, drop = mean_curve(runs, "drop_rate")
+        left.plot(steps, 100 * drop, color=colours[name], label=labels[name])
+        steps, entropy = mean_curve(runs, "entropy")
+        right.plot(steps, entropy, color=colours[name], label=labels[name])
+    left.set(xlabel="step", ylabel="dropped assignments (%)", title="Drop rate, mean of the layers")
+    left.set_ylim(bottom=0)
+    right.set(
+        xlabel="step", ylabel="entropy / log(experts)",
+        title="Entropy of the mean routing (1: all experts alike)",
+    )  # fmt: skip
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+    right.legend(frameon=False)
+    return figure

@@ -30,7 +30,7 @@ class SwiGLU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions."""
+    """Causal self-attention with rotary positions; normalised queries and keys bear high rates."""
 
     def __init__(self, hidden_size, heads, context):
         super().__init__()
@@ -38,6 +38,8 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         head_size = hidden_size // heads
+        self.query_norm = nn.RMSNorm(head_size)
+        self.key_norm = nn.RMSNorm(head_size)
         frequency = 10000.0 ** (-torch.arange(0, head_size, 2) / head_size)
         angle = torch.outer(torch.arange(context), frequency).repeat(1, 2)  # (context, head_size)
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -49,13 +51,10 @@ class Attention(nn.Module):
         return x * self.cos[:length] + torch.cat((-second, first), -1) * self.sin[:length]
 
     def forward(self, x):
-        qkv = self.qkv_proj(x).unflatten(
-            -1, (3, self.heads, -1)
-        )  # (B, length, 3, heads, head_size)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            self.rotate(query), self.rotate(key), value, is_causal=True
-        )
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, length, head_size)
+        query, key = self.rotate(self.query_norm(query)), self.rotate(self.key_norm(key))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 

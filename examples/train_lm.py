@@ -99,8 +99,7 @@ def train(name, seed, corpus, args):
         loss.backward()  # here the layers add the gradient of their balance losses
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if variant.moe and variant.moe.get("bias_update_rate"):
-            moe_ext.update_router_biases(model)
+        moe_ext.update_router_biases(model)  # of the layers that balance without a loss
         losses.append(loss.item())
         seconds += time.perf_counter() - started
 

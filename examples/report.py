@@ -29,6 +29,7 @@ class Result:
     entropy: list = field(default_factory=list)  # of the mean routing over log(experts)
     load: list = field(default_factory=list)  # layers x experts: share of the layer's assignments
     tokens_per_second: float = 0.0
+    tokens_per_cpu_second: float = 0.0  # bears a machine that others use too
     sample: str = ""
 
     @property

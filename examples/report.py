@@ -108,8 +108,9 @@ def provenance():
     changed = (
         "+changes" if _git("status", "--porcelain", "--", "../moe_ext", "../csrc", ".") else ""
     )
+    arguments = [a for a in sys.argv[1:] if a != "--resume"]  # whole or in parts: the same result
     return {
-        "command": " ".join(["python", "examples/train_lm.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "examples/train_lm.py", *arguments]),
         "commit": commit + changed,
         "processor": _processor(),
         "threads": torch.get_num_threads(),

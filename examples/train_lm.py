@@ -147,6 +147,12 @@ def validation_loss(model, corpus, args):
     return total / count
 
 
+def readable(text):
+    """Bytes as text that no terminal takes for a command."""
+    text = text.decode("utf-8", errors="replace")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def describe(result):
     """The progress bar's right end."""
     parts = [f"{result.tokens_per_second:,.0f} tokens/s"]
@@ -244,7 +250,7 @@ def main(argv=None):
                 continue
             model, result = train(name, seed, corpus, args)
             sample = model.generate(b"def ", args.sample_bytes)
-            result.sample = sample.decode("utf-8", errors="replace")
+            result.sample = readable(sample)
             results.append(result)
             results.sort(key=lambda r: (list(VARIANTS).index(r.variant), r.seed))
             save(out / "results.json", results, settings)

@@ -163,7 +163,7 @@ def naive_layer(layer, x, padding_mask=None):
                 shared = shared / (1 + torch.exp(-(layer.shared_expert_gate.weight[0] @ tokens[t])))
             out = out + shared
         y.append(out)
-    y = torch.stack(y).reshape(x.shape) if T else 0 * x
+    y = torch.stack(y).reshape(x.shape) if T else x.clone()
 
     f = torch.tensor(counts, dtype=x.dtype) / (n * K)
     aux = E * (f * score_sums / n).sum()

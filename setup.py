@@ -112,7 +112,7 @@ WITH_CUDA = wants_cuda()
 Extension = cpp_extension.CUDAExtension if WITH_CUDA else cpp_extension.CppExtension
 extension = Extension(
     "moe_ext._C",
-    sources("csrc/*.cpp", "csrc/cpu/*.cpp") + (CUDA_SOURCES if WITH_CUDA else []),
+    sources("csrc/*.cpp", "csrc/cpu/**/*.cpp") + (CUDA_SOURCES if WITH_CUDA else []),
     include_dirs=[str(ROOT / "csrc")],
     # The torch version recompiles everything when torch changes under the build
     # folder. -fopenmp makes at::parallel_for parallel in our files; it is left out

@@ -191,9 +191,7 @@ def _grouped_ffn_backward(ctx, grad_rows, _preactivations):
         return (None,) * 16
     needs = ctx.needs_input_grad
     mask = (needs[0], *needs[4:8])
-    gradients = ops.grouped_ffn_backward(
-        grad_rows, *ctx.saved_tensors, *ctx.options, output_mask=mask
-    )
+    gradients = ops.grouped_ffn_backward(grad_rows, *ctx.saved_tensors, *ctx.options, output_mask=mask)
     dx, *parameters = _pick(mask, gradients)
     return (dx, None, None, None, *parameters, *(None,) * 8)
 

@@ -1,0 +1,495 @@
+// How the experts' work is cut up, on kernels of csrc/cpu/kernels.
+//
+// Forward, two phases over items that threads take in turn: (rows of one expert) x
+// (columns of up_proj), then x (columns of down_proj). Backward: rows of an expert
+// through down_proj, the activation and up_proj; then strips of the weights' gradients,
+// each the sum over all rows of its expert. An item writes what no other item writes,
+// and its sums do not depend on how the work was cut, so neither do the bits.
+
+#include "cpu/ffn.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "checks.h"
+
+namespace moe_ext::cpu {
+
+// ---- checks
+
+namespace {
+
+Dtype dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      return Dtype::f64;
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    default:
+      return Dtype::f16;
+  }
+}
+
+// The kernels take weights of any layout in which one of the matrix's strides is 1.
+at::Tensor with_unit_stride(const at::Tensor& weight) {
+  return weight.stride(1) == 1 || weight.stride(2) == 1 ? weight : weight.contiguous();
+}
+
+struct NamedActivation {
+  Activation phi;
+  bool gated;
+};
+constexpr NamedActivation kActivations[] = {
+    {Activation::silu, true},       {Activation::gelu, true},  {Activation::gelu_tanh, true},
+    {Activation::relu, true},       {Activation::silu, false}, {Activation::gelu, false},
+    {Activation::gelu_tanh, false}, {Activation::relu, false}, {Activation::relu2, false}};
+
+}  // namespace
+
+Experts check_experts(const char* op, const at::Tensor& x, const at::Tensor& expert_offsets,
+                      const at::Tensor& row_token, const at::Tensor& assignment_row,
+                      const at::Tensor& up_proj, const at::Tensor& down_proj,
+                      const std::optional<at::Tensor>& up_bias,
+                      const std::optional<at::Tensor>& down_bias, std::string_view activation,
+                      std::optional<double> limit, double alpha, double up_offset, bool transposed,
+                      bool interleaved) {
+  check_argument(op, "x", x, is_float(x), x.dim() == 2,
+                 "float64, float32, bfloat16 or float16 of shape (T, H)");
+  const int name = check_name(
+      op, "activation", activation,
+      {"swiglu", "geglu", "geglu_tanh", "reglu", "silu", "gelu", "gelu_tanh", "relu", "relu2"});
+  const auto [phi, gated] = kActivations[name];
+  const int64_t hidden = x.size(1);
+  const char* dtype = dtype_name(x.scalar_type());
+  const auto same_dtype = [&](const at::Tensor& t) { return t.scalar_type() == x.scalar_type(); };
+
+  const int64_t out = transposed ? 2 : 1, in = transposed ? 1 : 2;
+  check_argument(
+      op, "up_proj", up_proj, same_dtype(up_proj),
+      up_proj.dim() == 3 && up_proj.size(in) == hidden && (!gated || up_proj.size(out) % 2 == 0),
+      "of x's dtype ", dtype, " and shape ",
+      transposed ? (gated ? "(E, H, 2I)" : "(E, H, I)") : (gated ? "(E, 2I, H)" : "(E, I, H)"),
+      " for ", activation, ", with H = ", hidden);
+  const int64_t experts = up_proj.size(0), width = up_proj.size(out);
+  const int64_t intermediate = gated ? width / 2 : width;
+  check_argument(op, "down_proj", down_proj, same_dtype(down_proj),
+                 down_proj.dim() == 3 && down_proj.size(0) == experts &&
+                     down_proj.size(out) == hidden && down_proj.size(in) == intermediate,
+                 "of x's dtype ", dtype, " and shape ", transposed ? "(E, I, H)" : "(E, H, I)",
+                 ", with E = ", experts, ", H = ", hidden, ", I = ", intermediate);
+  const auto check_bias = [&](const char* bias_name, const std::optional<at::Tensor>& bias,
+                              int64_t size) {
+    if (!bias) return;
+    check_argument(op, bias_name, *bias, same_dtype(*bias),
+                   bias->dim() == 2 && bias->size(0) == experts && bias->size(1) == size,
+                   "of x's dtype ", dtype, " and shape (", experts, ", ", size, ")");
+    check_same_device(op, bias_name, *bias, "x", x);
+  };
+  check_bias("up_bias", up_bias, width);
+  check_bias("down_bias", down_bias, hidden);
+  check_same_device(op, "up_proj", up_proj, "x", x);
+  check_same_device(op, "down_proj", down_proj, "x", x);
+  check_plan(op, expert_offsets, row_token, std::nullopt, assignment_row, x.size(0), experts);
+  check_same_device(op, "expert_offsets", expert_offsets, "x", x);
+
+  check_value(op, "limit", !limit || (gated && *limit > 0), limit.value_or(0),
+              "above 0 and go with a gated activation");
+  check_value(op, "alpha", alpha == 1.0 || activation == "swiglu", alpha, "1 unless swiglu");
+  check_value(op, "alpha", std::isfinite(alpha), alpha, "finite");
+  check_value(op, "up_offset", std::isfinite(up_offset) && (up_offset == 0.0 || gated), up_offset,
+              "finite, and 0 without a gate");
+  check_value(op, "interleaved", !interleaved || gated, interleaved, "False without a gate");
+
+  Experts call{x.stride(1) == 1 ? x : x.contiguous(),
+               expert_offsets.contiguous(),
+               row_token.contiguous(),
+               assignment_row.contiguous(),
+               with_unit_stride(up_proj),
+               with_unit_stride(down_proj),
+               up_bias ? *up_bias : at::Tensor(),
+               down_bias ? *down_bias : at::Tensor(),
+               {phi, gated, interleaved, limit.value_or(std::numeric_limits<double>::infinity()),
+                alpha, up_offset},
+               transposed,
+               x.size(0),
+               hidden,
+               intermediate,
+               width,
+               experts,
+               assignment_row.size(1),
+               row_token.size(0),
+               0,
+               dtype_of(x)};
+  check_plan_memory(op, call.expert_offsets, call.row_token, call.tokens);
+  call.kept = call.offsets()[experts];
+  return call;
+}
+
+at::Tensor check_preactivations(const char* op, const Experts& experts, const at::Tensor& tensor) {
+  check_argument(
+      op, "preactivations", tensor, tensor.scalar_type() == experts.x.scalar_type(),
+      tensor.dim() == 2 && tensor.size(0) == experts.rows && tensor.size(1) == experts.width,
+      "the second result of the forward op, of shape (", experts.rows, ", ", experts.width, ")");
+  return tensor.contiguous();
+}
+
+at::Tensor preactivations_of(const Experts& experts, bool keep) {
+  if (!keep) return at::empty({0}, experts.x.options());
+  at::Tensor kept = at::empty({experts.rows, experts.width}, experts.x.options());
+  kept.narrow(0, experts.kept, experts.rows - experts.kept).zero_();
+  return kept;
+}
+
+// ---- memory and threads
+
+template <class T>
+at::Tensor workspace(int64_t elements) {
+  return at::empty({elements}, at::TensorOptions(sizeof(T) == 8 ? at::kDouble : at::kFloat));
+}
+template at::Tensor workspace<float>(int64_t);
+template at::Tensor workspace<double>(int64_t);
+
+namespace {
+
+// Large fresh memory costs a page fault every 4 KiB; huge pages make that every 2 MiB.
+at::Tensor on_huge_pages(at::Tensor tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t huge = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (begin + huge - 1) / huge * huge,
+                  last = (begin + tensor.nbytes()) / huge * huge;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
+
+template <class T>
+T* data(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.numel() ? tensor.mutable_data_ptr<T>() : nullptr;
+}
+
+// Below this many multiplications, waking other threads costs more than they bring.
+constexpr int64_t kSerialWork = 1 << 18;
+
+// body(scratch, item) for every item, by whichever thread is free; a thread's scratch
+// holds `scratch_elements` of T.
+template <class T, class Body>
+void for_items(int64_t items, int64_t work, int64_t scratch_elements, Body body) {
+  std::atomic<int64_t> next{0};
+  const auto worker = [&] {
+    const at::Tensor scratch = workspace<T>(scratch_elements);
+    for (int64_t i = next++; i < items; i = next++) body(data<T>(scratch), i);
+  };
+  const int64_t threads = std::min<int64_t>(items, at::get_num_threads());
+  if (threads <= 1 || work < kSerialWork) {
+    worker();
+  } else {
+    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { worker(); });
+  }
+}
+
+// ---- cutting up
+
+// Rows begin..end of one expert: as many as leave room in a core's cache for weights.
+struct RowBlock {
+  int64_t expert, begin, end;
+};
+
+template <class T>
+std::vector<RowBlock> row_blocks(const Experts& experts) {
+  constexpr int64_t cache_bytes = int64_t(1) << 20;
+  const int64_t fit = cache_bytes / int64_t(sizeof(T) * std::max<int64_t>(experts.hidden, 1));
+  const int64_t share = experts.kept / (2 * at::get_num_threads());
+  const int64_t most = std::clamp<int64_t>(std::min(fit, share), 32, kRowChunk);
+  std::vector<RowBlock> blocks;
+  const int32_t* offsets = experts.offsets();
+  for (int64_t e = 0; e < experts.experts; ++e) {
+    const int64_t begin = offsets[e], count = offsets[e + 1] - begin;
+    const int64_t pieces = (count + most - 1) / most;
+    for (int64_t i = 0; i < pieces; ++i) {
+      blocks.push_back({e, begin + count * i / pieces, begin + count * (i + 1) / pieces});
+    }
+  }
+  // The largest first, so that no thread ends on a large one alone.
+  std::stable_sort(blocks.begin(), blocks.end(), [](const RowBlock& a, const RowBlock& b) {
+    return a.end - a.begin > b.end - b.begin;
+  });
+  return blocks;
+}
+
+int64_t most_rows(const std::vector<RowBlock>& blocks) {
+  return blocks.empty() ? 0 : blocks.front().end - blocks.front().begin;
+}
+
+// Columns in blocks of at most kColumnBlock, in `groups` groups of neighbouring blocks.
+struct ColumnGroups {
+  int64_t columns, blocks, groups;
+
+  ColumnGroups(int64_t columns, int64_t items)
+      : columns(columns), blocks((columns + kColumnBlock - 1) / kColumnBlock) {
+    const int64_t wanted = 4 * at::get_num_threads();
+    groups = std::clamp<int64_t>((wanted + items - 1) / std::max<int64_t>(items, 1), 1,
+                                 std::max<int64_t>(blocks, 1));
+  }
+  template <class Body>
+  void for_blocks(int64_t group, Body body) const {
+    for (int64_t b = blocks * group / groups; b < blocks * (group + 1) / groups; ++b) {
+      body(columns * b / blocks, columns * (b + 1) / blocks);
+    }
+  }
+};
+
+Weight weight_of(const Experts& call, const at::Tensor& weight, int64_t expert, int64_t out_begin,
+                 int64_t out_step, bool swapped) {
+  const int64_t out = call.transposed ? 2 : 1, in = 3 - out;
+  const int64_t offset = expert * weight.stride(0) + out_begin * weight.stride(out);
+  const void* at = static_cast<const char*>(weight.const_data_ptr()) + offset * size_of(call.dtype);
+  const int64_t along_out = out_step * weight.stride(out), along_in = weight.stride(in);
+  if (swapped) return {at, call.dtype, along_in, along_out};
+  return {at, call.dtype, along_out, along_in};
+}
+
+// The rows from `begin` on.
+Rows rows_from(Rows rows, int64_t begin) {
+  if (rows.index) {
+    rows.index += begin;
+  } else {
+    rows.data = static_cast<const char*>(rows.data) + begin * rows.stride * size_of(rows.dtype);
+  }
+  return rows;
+}
+
+template <class T>
+at::Tensor in_compute_type(const at::Tensor& bias) {
+  if (!bias.defined()) return bias;
+  return bias.to(sizeof(T) == 8 ? at::kDouble : at::kFloat).contiguous();
+}
+
+}  // namespace
+
+template <class T>
+void combine_tokens(const Experts& call, const at::Tensor& y, const T* rows, int64_t ld,
+                    const T* weight) {
+  const int32_t* row = call.assignment_row.const_data_ptr<int32_t>();
+  const int64_t top_k = call.top_k, row_bytes = call.hidden * size_of(call.dtype);
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t grain = 1 + (1 << 15) / std::max<int64_t>(1, call.hidden * top_k);
+  at::parallel_for(0, call.tokens, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      kernels<T>().combine(out + t * row_bytes, call.dtype, rows, ld, row + t * top_k,
+                           weight ? weight + t * top_k : nullptr, top_k, call.hidden);
+    }
+  });
+}
+template void combine_tokens<float>(const Experts&, const at::Tensor&, const float*, int64_t,
+                                    const float*);
+template void combine_tokens<double>(const Experts&, const at::Tensor&, const double*, int64_t,
+                                     const double*);
+
+// ---- forward
+
+template <class T>
+void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_stride, void* kept) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t hidden = call.hidden, intermediate = call.intermediate;
+  const bool gated = call.spec.gated;
+  const std::vector<RowBlock> blocks = row_blocks<T>(call);
+  const int64_t height = most_rows(blocks);
+  const int64_t block_cols = padded<T>(kColumnBlock);
+  const int64_t lda = padded<T>(intermediate);
+  const at::Tensor activations = on_huge_pages(workspace<T>(call.kept * lda));
+  const at::Tensor up_bias = in_compute_type<T>(call.up_bias);
+  const at::Tensor down_bias = in_compute_type<T>(call.down_bias);
+  const int32_t* row_token = call.row_token.const_data_ptr<int32_t>();
+
+  const ColumnGroups up(intermediate, blocks.size());
+  const int64_t x_size = height * padded<T>(hidden), c_size = height * block_cols;
+  for_items<T>(
+      blocks.size() * up.groups, call.kept * call.width * hidden,
+      x_size + 2 * c_size + k.matmul_scratch(hidden), [&](T* scratch, int64_t item) {
+        const auto [e, begin, end] = blocks[item / up.groups];
+        const int64_t m = end - begin;
+        T *x = scratch, *gate = x + x_size, *linear = gate + c_size, *rest = linear + c_size;
+        k.load_rows(x, {call.x.const_data_ptr(), call.dtype, call.x.stride(0), row_token + begin},
+                    m, hidden);
+        const bool interleaved = call.spec.interleaved;
+        const Weight w_gate = weight_of(call, call.up_proj, e, 0, interleaved ? 2 : 1, false);
+        const Weight w_up = gated ? weight_of(call, call.up_proj, e, interleaved ? 1 : intermediate,
+                                              interleaved ? 2 : 1, false)
+                                  : Weight{};
+        up.for_blocks(item % up.groups, [&](int64_t i0, int64_t i1) {
+          k.matmul(gate, x, padded<T>(hidden), m, w_gate, hidden, i0, i1, rest);
+          if (gated) k.matmul(linear, x, padded<T>(hidden), m, w_up, hidden, i0, i1, rest);
+          void* kept_rows =
+              kept ? static_cast<char*>(kept) + begin * call.width * size_of(call.dtype) : nullptr;
+          k.activate(data<T>(activations) + begin * lda, lda, gate, gated ? linear : nullptr,
+                     padded<T>(i1 - i0), m, i0, i1, intermediate, call.spec,
+                     up_bias.defined() ? data<T>(up_bias) + e * call.width : nullptr, kept_rows,
+                     call.dtype, call.width);
+        });
+      });
+
+  const ColumnGroups down(hidden, blocks.size());
+  for_items<T>(
+      blocks.size() * down.groups, call.kept * intermediate * hidden,
+      c_size + k.matmul_scratch(intermediate), [&](T* scratch, int64_t item) {
+        const auto [e, begin, end] = blocks[item / down.groups];
+        const int64_t m = end - begin;
+        T *c = scratch, *rest = c + c_size;
+        const Weight w = weight_of(call, call.down_proj, e, 0, 1, false);
+        down.for_blocks(item % down.groups, [&](int64_t h0, int64_t h1) {
+          const int64_t ldc = padded<T>(h1 - h0);
+          k.matmul(c, data<T>(activations) + begin * lda, lda, m, w, intermediate, h0, h1, rest);
+          if (down_bias.defined()) {
+            const T* bias = data<T>(down_bias) + e * hidden + h0;
+            for (int64_t r = 0; r < m; ++r)
+              for (int64_t h = 0; h < h1 - h0; ++h) c[r * ldc + h] += bias[h];
+          }
+          k.store_rows(static_cast<char*>(out) + (begin * out_stride + h0) * size_of(out_dtype),
+                       out_dtype, out_stride, c, ldc, m, h1 - h0);
+        });
+      });
+}
+template void ffn_forward<float>(const Experts&, void*, Dtype, int64_t, void*);
+template void ffn_forward<double>(const Experts&, void*, Dtype, int64_t, void*);
+
+// ---- backward
+
+namespace {
+
+// Strips of a weight's gradient: enough of them to share out, tall enough to reuse
+// the rows that each of them loads.
+constexpr int64_t kStrip = 192;
+
+// out (E, M, N) = each expert's sum over its rows of p^T q.
+template <class T>
+void weight_gradient(const Experts& call, const at::Tensor& out, Rows p, Rows q) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t m = out.size(1), n = out.size(2), strips = (m + kStrip - 1) / kStrip;
+  const int32_t* offsets = call.offsets();
+  for_items<T>(
+      call.experts * strips, call.kept * m * n, k.outer_scratch(std::min(kStrip, m)),
+      [&](T* scratch, int64_t item) {
+        const int64_t e = item / strips, strip = item % strips, begin = offsets[e];
+        char* expert = static_cast<char*>(out.mutable_data_ptr()) + e * m * n * size_of(call.dtype);
+        k.outer(expert, call.dtype, n, rows_from(p, begin), m * strip / strips,
+                m * (strip + 1) / strips, rows_from(q, begin), n, offsets[e + 1] - begin, scratch);
+      });
+}
+
+template <class T>
+at::Tensor bias_gradient(const Experts& call, int64_t cols, Rows rows, const T* weight) {
+  at::Tensor out = at::empty({call.experts, cols}, call.x.options());
+  const int32_t* offsets = call.offsets();
+  for_items<T>(call.experts, call.kept * cols, 0, [&](T*, int64_t e) {
+    kernels<T>().sum_rows(
+        static_cast<char*>(out.mutable_data_ptr()) + e * cols * size_of(call.dtype), call.dtype,
+        rows_from(rows, offsets[e]), weight ? weight + offsets[e] : nullptr,
+        offsets[e + 1] - offsets[e], cols);
+  });
+  return out;
+}
+
+}  // namespace
+
+template <class T>
+FfnGradients ffn_backward(const Experts& call, Rows upstream, const T* weight, T* score,
+                          const at::Tensor& preactivations, std::array<bool, 5> mask) {
+  const auto [want_x, want_up, want_down, want_up_bias, want_down_bias] = mask;
+  const Kernels<T>& k = kernels<T>();
+  const int64_t hidden = call.hidden, intermediate = call.intermediate, width = call.width;
+  const Dtype compute = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
+  const std::vector<RowBlock> blocks = row_blocks<T>(call);
+  const int64_t height = most_rows(blocks);
+  const int64_t ld_dh = padded<T>(width), ld_wa = padded<T>(intermediate),
+                ld_dx = padded<T>(hidden);
+
+  // dL/dh and weight * activation of every row, and, to be summed per token, dL/dx.
+  const at::Tensor dh = on_huge_pages(workspace<T>(call.kept * ld_dh));
+  const at::Tensor wa = on_huge_pages(workspace<T>(call.kept * ld_wa));
+  const at::Tensor dx_rows = want_x ? on_huge_pages(workspace<T>(call.kept * ld_dx)) : at::Tensor();
+  const at::Tensor down_bias = in_compute_type<T>(call.down_bias);
+  const int64_t dy_size = height * padded<T>(hidden), c_size = height * padded<T>(kColumnBlock);
+  const int64_t matmul_scratch = std::max(k.matmul_scratch(hidden), k.matmul_scratch(width));
+
+  const bool want_rows = want_x || want_up || want_down || want_up_bias || score;
+  for_items<T>(want_rows ? blocks.size() : 0, call.kept * width * hidden,
+               dy_size + c_size + matmul_scratch, [&](T* scratch, int64_t item) {
+                 const auto [e, begin, end] = blocks[item];
+                 const int64_t m = end - begin;
+                 T *dy = scratch, *c = dy + dy_size, *rest = c + c_size;
+                 k.load_rows(dy, rows_from(upstream, begin), m, hidden);
+                 if (score) {
+                   for (int64_t r = 0; r < m; ++r) {
+                     score[begin + r] =
+                         down_bias.defined()
+                             ? k.dot({dy + r * padded<T>(hidden), compute, 0, nullptr},
+                                     {data<T>(down_bias) + e * hidden, compute, 0, nullptr}, hidden)
+                             : T(0);
+                   }
+                 }
+                 const Weight w_down = weight_of(call, call.down_proj, e, 0, 1, true);
+                 const char* h = static_cast<const char*>(preactivations.const_data_ptr()) +
+                                 begin * width * size_of(call.dtype);
+                 T *my_dh = data<T>(dh) + begin * ld_dh, *my_wa = data<T>(wa) + begin * ld_wa;
+                 const ColumnGroups up(intermediate, at::get_num_threads() * 4);
+                 up.for_blocks(0, [&](int64_t i0, int64_t i1) {
+                   k.matmul(c, dy, padded<T>(hidden), m, w_down, hidden, i0, i1, rest);
+                   k.activate_backward(my_dh, ld_dh, my_wa, ld_wa, score ? score + begin : nullptr,
+                                       c, padded<T>(i1 - i0), h, call.dtype, width,
+                                       weight ? weight + begin : nullptr, m, i0, i1, intermediate,
+                                       call.spec);
+                 });
+                 if (!want_x) return;
+                 const Weight w_up = weight_of(call, call.up_proj, e, 0, 1, true);
+                 const ColumnGroups down(hidden, at::get_num_threads() * 4);
+                 down.for_blocks(0, [&](int64_t h0, int64_t h1) {
+                   k.matmul(c, my_dh, ld_dh, m, w_up, width, h0, h1, rest);
+                   k.store_rows(data<T>(dx_rows) + begin * ld_dx + h0, compute, ld_dx, c,
+                                padded<T>(h1 - h0), m, h1 - h0);
+                 });
+               });
+
+  const at::Tensor none = at::empty({0}, call.x.options());
+  FfnGradients gradients{none, none, none, none, none};
+  const Rows x{call.x.const_data_ptr(), call.dtype, call.x.stride(0),
+               call.row_token.const_data_ptr<int32_t>()};
+  const Rows dh_rows{data<T>(dh), compute, ld_dh, nullptr},
+      wa_rows{data<T>(wa), compute, ld_wa, nullptr};
+  if (want_up) {
+    gradients.up_proj = on_huge_pages(at::empty(call.up_proj.sizes(), call.x.options()));
+    weight_gradient<T>(call, gradients.up_proj, call.transposed ? x : dh_rows,
+                       call.transposed ? dh_rows : x);
+  }
+  if (want_down) {
+    gradients.down_proj = on_huge_pages(at::empty(call.down_proj.sizes(), call.x.options()));
+    weight_gradient<T>(call, gradients.down_proj, call.transposed ? wa_rows : upstream,
+                       call.transposed ? upstream : wa_rows);
+  }
+  if (want_up_bias) gradients.up_bias = bias_gradient<T>(call, width, dh_rows, nullptr);
+  if (want_down_bias) gradients.down_bias = bias_gradient<T>(call, hidden, upstream, weight);
+  if (want_x) {
+    gradients.x = at::empty({call.tokens, hidden}, call.x.options());
+    combine_tokens<T>(call, gradients.x, data<T>(dx_rows), ld_dx, nullptr);
+  }
+  return gradients;
+}
+template FfnGradients ffn_backward<float>(const Experts&, Rows, const float*, float*,
+                                          const at::Tensor&, std::array<bool, 5>);
+template FfnGradients ffn_backward<double>(const Experts&, Rows, const double*, double*,
+                                           const at::Tensor&, std::array<bool, 5>);
+
+}  // namespace moe_ext::cpu

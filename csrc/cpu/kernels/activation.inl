@@ -1,0 +1,186 @@
+// Activations and gates, on vectors. Preactivations come in as two blocks of columns,
+// gate and up; in memory a row holds them as [gate; up] or interleaved.
+
+// value = phi(g), and its derivative.
+template <class T>
+struct Phi {
+  V<T> value, slope;
+};
+
+template <class T, Activation kind>
+inline Phi<T> phi(V<T> g, T alpha) {
+  const V<T> zero = {};
+  if constexpr (kind == Activation::silu) {
+    const V<T> s = sigmoid<T>(g * alpha);
+    return {g * s, s + g * s * (T(1) - s) * alpha};
+  } else if constexpr (kind == Activation::gelu) {
+    const V<T> cdf = T(0.5) + T(0.5) * erf(g * T(0.70710678118654752440));
+    return {g * cdf, cdf + g * exp(g * g * T(-0.5)) * T(0.39894228040143267794)};
+  } else if constexpr (kind == Activation::gelu_tanh) {
+    // 0.5 (1 + tanh(u)) = sigmoid(2u)
+    const T scale = T(2 * 0.79788456080286535588), cubic = T(0.044715);
+    const V<T> s = sigmoid<T>(g * scale * (T(1) + g * g * cubic));
+    return {g * s, s + g * s * (T(1) - s) * scale * (T(1) + g * g * (3 * cubic))};
+  } else {
+    // Comparisons are written so that NaN passes through.
+    const V<T> r = g < zero ? zero : g;
+    const V<T> step = g > zero ? zero + T(1) : zero;
+    if constexpr (kind == Activation::relu) return {r, step};
+    return {r * r, T(2) * r};
+  }
+}
+
+// Calls body(kind) with the activation as a compile-time constant.
+template <class Body>
+inline void with_activation(Activation kind, Body body) {
+  switch (kind) {
+    case Activation::silu:
+      return body(std::integral_constant<Activation, Activation::silu>());
+    case Activation::gelu:
+      return body(std::integral_constant<Activation, Activation::gelu>());
+    case Activation::gelu_tanh:
+      return body(std::integral_constant<Activation, Activation::gelu_tanh>());
+    case Activation::relu:
+      return body(std::integral_constant<Activation, Activation::relu>());
+    case Activation::relu2:
+      return body(std::integral_constant<Activation, Activation::relu2>());
+  }
+}
+
+// The gate's columns i0..i1 and the up-projection's, in a row of preactivations (or of dh).
+struct Columns {
+  int64_t gate, up, step;
+};
+inline Columns columns_of(const ActivationSpec& spec, int64_t i0, int64_t intermediate) {
+  if (!spec.gated) return {i0, i0, 1};
+  if (spec.interleaved) return {2 * i0, 2 * i0 + 1, 2};
+  return {i0, intermediate + i0, 1};
+}
+
+// The last block also zeroes a row's padding: matmul reads whole vectors along k.
+template <class T>
+inline void zero_padding(T* row, int64_t cols) {
+  std::fill(row + cols, row + round_up(cols, kPadBytes / sizeof(T)), T(0));
+}
+
+template <class T>
+void activate(T* a, int64_t lda, T* gate, T* up, int64_t ldc, int64_t m, int64_t i0, int64_t i1,
+              int64_t intermediate, const ActivationSpec& spec, const T* bias, void* kept,
+              Dtype dtype, int64_t stride) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t count = i1 - i0;
+  const Columns at = columns_of(spec, i0, intermediate);
+  const V<T> limit = splat(T(spec.limit)), offset = splat(T(spec.up_offset));
+  for (int64_t r = 0; r < m; ++r) {
+    T *g = gate + r * ldc, *u = up ? up + r * ldc : nullptr, *out = a + r * lda + i0;
+    if (bias) {
+      for (int64_t i = 0; i < count; ++i) g[i] += bias[at.gate + i * at.step];
+      if (u) {
+        for (int64_t i = 0; i < count; ++i) u[i] += bias[at.up + i * at.step];
+      }
+    }
+    if (kept) {
+      with_storage<T>(dtype, [&](auto stored) {
+        auto* h = static_cast<decltype(stored)*>(kept) + r * stride;
+        if (at.step == 1) {
+          convert_out(h + at.gate, g, count);
+          if (u) convert_out(h + at.up, u, count);
+        } else {
+          for (int64_t i = 0; i < count; ++i) {
+            from_compute(h[at.gate + 2 * i], g[i]);
+            from_compute(h[at.up + 2 * i], u[i]);
+          }
+        }
+      });
+    }
+    with_activation(spec.phi, [&](auto kind) {
+      for (int64_t i = 0; i < count; i += lanes) {
+        V<T> x = load(g + i), y;
+        if (u) {
+          x = x > limit ? limit : x;
+          V<T> v = load(u + i);
+          v = v > limit ? limit : v;
+          v = v < -limit ? -limit : v;
+          y = phi<T, kind>(x, T(spec.alpha)).value * (v + offset);
+        } else {
+          y = phi<T, kind>(x, T(spec.alpha)).value;
+        }
+        if (i + lanes <= count) {
+          store(out + i, y);
+        } else {
+          for (int64_t l = 0; i + l < count; ++l) out[i + l] = y[l];
+        }
+      }
+    });
+    if (i1 == intermediate) zero_padding(a + r * lda, intermediate);
+  }
+}
+
+template <class T>
+void activate_backward(T* dh, int64_t ld_dh, T* wa, int64_t ld_wa, T* score, const T* da,
+                       int64_t ld_da, const void* h, Dtype dtype, int64_t stride, const T* weight,
+                       int64_t m, int64_t i0, int64_t i1, int64_t intermediate,
+                       const ActivationSpec& spec) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t count = i1 - i0, width = spec.gated ? 2 * intermediate : intermediate;
+  const Columns at = columns_of(spec, i0, intermediate);
+  const V<T> limit = splat(T(spec.limit)), zero = {};
+  // Blocks of columns are at most kColumnBlock wide; a vector may hang over their end.
+  T g[kColumnBlock + lanes] = {}, u[kColumnBlock + lanes] = {}, d[kColumnBlock + lanes] = {};
+  T dg[kColumnBlock + lanes], du[kColumnBlock + lanes], scaled[kColumnBlock + lanes];
+  for (int64_t r = 0; r < m; ++r) {
+    with_storage<T>(dtype, [&](auto stored) {
+      const auto* row = static_cast<const decltype(stored)*>(h) + r * stride;
+      if (at.step == 1) {
+        convert_in(g, row + at.gate, count);
+        if (spec.gated) convert_in(u, row + at.up, count);
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          g[i] = to_compute(row[at.gate + 2 * i]);
+          u[i] = to_compute(row[at.up + 2 * i]);
+        }
+      }
+    });
+    std::copy(da + r * ld_da, da + r * ld_da + count, d);
+    const V<T> w = splat(weight ? weight[r] : T(1));
+    V<T> inner = zero;
+    with_activation(spec.phi, [&](auto kind) {
+      for (int64_t i = 0; i < count; i += lanes) {
+        const V<T> upstream = load(d + i), x = load(g + i);
+        if (spec.gated) {
+          const Phi<T> f = phi<T, kind>(x > limit ? limit : x, T(spec.alpha));
+          const V<T> v = load(u + i);
+          const V<T> clamped = v > limit ? limit : v < -limit ? -limit : v;
+          const V<T> factor = clamped + T(spec.up_offset);
+          const V<T> value = f.value * factor;
+          const V<T> weighted = upstream * w;
+          inner += upstream * value;
+          store(scaled + i, value * w);
+          const V<T> slope = f.slope * factor;
+          store(dg + i, weighted * (x > limit ? zero : slope));
+          store(du + i, weighted * (v > limit ? zero : v < -limit ? zero : f.value));
+        } else {
+          const Phi<T> f = phi<T, kind>(x, T(spec.alpha));
+          inner += upstream * f.value;
+          store(scaled + i, f.value * w);
+          store(dg + i, upstream * w * f.slope);
+        }
+      }
+    });
+    if (score) {
+      T sum = 0;
+      for (int l = 0; l < lanes; ++l) sum += inner[l];
+      score[r] += sum;
+    }
+    T *to = dh + r * ld_dh, *activated = wa + r * ld_wa;
+    std::copy(scaled, scaled + count, activated + i0);
+    for (int64_t i = 0; i < count; ++i) to[at.gate + i * at.step] = dg[i];
+    if (spec.gated) {
+      for (int64_t i = 0; i < count; ++i) to[at.up + i * at.step] = du[i];
+    }
+    if (i1 == intermediate) {
+      zero_padding(to, width);
+      zero_padding(activated, intermediate);
+    }
+  }
+}

@@ -1,0 +1,46 @@
+// AVX2 with FMA: 16 registers of 32 bytes.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+// All headers stand above this line: what follows may use the instructions, nothing else may.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define MOE_VECTOR_BYTES 32
+
+namespace moe_ext::cpu {
+namespace avx2 {
+
+// The heights of the register tiles: as many sums as leave registers for the operands.
+constexpr int kTileNT = 1, kTileNN = 6;
+
+#include "all.inl"
+
+}  // namespace avx2
+
+extern const Kernels<float> avx2_float = avx2::table<float>("avx2");
+extern const Kernels<double> avx2_double = avx2::table<double>("avx2");
+
+}  // namespace moe_ext::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__

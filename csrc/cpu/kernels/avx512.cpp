@@ -1,0 +1,48 @@
+// AVX-512: 32 registers of 64 bytes.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+// All headers stand above this line: what follows may use the instructions, nothing else may.
+#if defined(__clang__)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#define MOE_VECTOR_BYTES 64
+
+namespace moe_ext::cpu {
+namespace avx512 {
+
+// The heights of the register tiles: as many sums as leave registers for the operands.
+constexpr int kTileNT = 3, kTileNN = 12;
+
+#include "all.inl"
+
+}  // namespace avx512
+
+extern const Kernels<float> avx512_float = avx512::table<float>("avx512");
+extern const Kernels<double> avx512_double = avx512::table<double>("avx512");
+
+}  // namespace moe_ext::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__

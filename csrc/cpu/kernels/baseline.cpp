@@ -1,0 +1,26 @@
+// Any processor: what the compiler makes of 16-byte vectors (SSE2, NEON).
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+
+#define MOE_VECTOR_BYTES 16
+
+namespace moe_ext::cpu {
+namespace baseline {
+
+// The heights of the register tiles: as many sums as leave registers for the operands.
+constexpr int kTileNT = 1, kTileNN = 4;
+
+#include "all.inl"
+
+}  // namespace baseline
+
+extern const Kernels<float> baseline_float = baseline::table<float>("baseline");
+extern const Kernels<double> baseline_double = baseline::table<double>("baseline");
+
+}  // namespace moe_ext::cpu

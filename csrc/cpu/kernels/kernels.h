@@ -1,0 +1,119 @@
+// The arithmetic of the experts on a CPU, without torch: what csrc/cpu's ops call.
+//
+// Everything is computed in T (float for float32, bfloat16 and float16 tensors,
+// double for float64) on blocks that fit into a core's cache; `Dtype` says how
+// memory outside those blocks is stored. One source (gemm.inl, rows.inl,
+// activation.inl) is compiled once for each instruction set (avx512.cpp,
+// avx2.cpp, baseline.cpp), and `kernels<T>()` picks the best at run time.
+//
+// Every sum has a fixed order that depends on neither the number of threads nor
+// the other rows of the batch.
+
+#pragma once
+
+#include <cstdint>
+
+namespace moe_ext::cpu {
+
+enum class Dtype { f64, f32, bf16, f16 };
+
+constexpr int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+}
+
+enum class Activation { silu, gelu, gelu_tanh, relu, relu2 };
+
+// How preactivations become activations: phi(g) or, with a gate,
+// phi(min(g, limit)) * (clamp(u, -limit, limit) + up_offset).
+struct ActivationSpec {
+  Activation phi;
+  bool gated;
+  bool interleaved;  // a row of preactivations is g0 u0 g1 u1 ... instead of g0 g1 ... u0 u1 ...
+  double limit;      // infinity: no clamp
+  double alpha;      // silu is g * sigmoid(alpha * g)
+  double up_offset;
+};
+
+// Rows in memory: row r starts at data + (index ? index[r] : r) * stride elements.
+struct Rows {
+  const void* data;
+  Dtype dtype;
+  int64_t stride;
+  const int32_t* index;
+};
+
+// One expert's weight as W(n, k): element (n, k) at data + n*stride_n + k*stride_k.
+// One of the strides is 1 in the layouts that are fast.
+struct Weight {
+  const void* data;
+  Dtype dtype;
+  int64_t stride_n, stride_k;
+};
+
+// The leading dimension of a block in scratch memory: whole vectors, and one
+// more line so that rows a power of two apart do not fall into one cache set.
+constexpr int64_t kPadBytes = 64;
+template <class T>
+constexpr int64_t padded(int64_t cols) {
+  constexpr int64_t line = kPadBytes / sizeof(T);
+  return (cols + line - 1) / line * line + line;
+}
+
+// Sums over tokens (weight and bias gradients) go in chunks of this many rows.
+constexpr int64_t kRowChunk = 256;
+// Columns that one call of matmul covers at most.
+constexpr int64_t kColumnBlock = 256;
+
+template <class T>
+struct Kernels {
+  const char* name;
+
+  // dst (rows, padded<T>(cols)) = src, converted; the padding up to a whole line is zero.
+  void (*load_rows)(T* dst, Rows src, int64_t rows, int64_t cols);
+  // dst row r of dtype at dst + r*stride = src (rows, ld), rounded to nearest even.
+  void (*store_rows)(void* dst, Dtype dtype, int64_t stride, const T* src, int64_t ld, int64_t rows,
+                     int64_t cols);
+
+  // c (m, padded<T>(n1-n0)) = a (m, lda) W(n0..n1, 0..k)^T; n1 - n0 <= kColumnBlock.
+  // `scratch` holds matmul_scratch(k) elements.
+  void (*matmul)(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0,
+                 int64_t n1, T* scratch);
+  int64_t (*matmul_scratch)(int64_t k);
+
+  // out rows m0..m1 (dtype, stride) = sum over r of p(r, m) q(r, 0..n): a weight gradient.
+  // `scratch` holds outer_scratch(m1 - m0) elements.
+  void (*outer)(void* out, Dtype dtype, int64_t stride, Rows p, int64_t m0, int64_t m1, Rows q,
+                int64_t n, int64_t rows, T* scratch);
+  int64_t (*outer_scratch)(int64_t height);
+
+  // a (m, lda) columns i0..i1 = activation of the preactivations in `gate` and `up`
+  // ((m, ldc) blocks of those columns; up is null without a gate). With `kept`, the
+  // preactivations also go to row r of kept (dtype, stride).
+  void (*activate)(T* a, int64_t lda, T* gate, T* up, int64_t ldc, int64_t m, int64_t i0,
+                   int64_t i1, int64_t intermediate, const ActivationSpec& spec, const T* bias,
+                   void* kept, Dtype dtype, int64_t stride);
+
+  // For rows 0..m, columns i0..i1: from da = dL/d(activation) before the routing weight,
+  // and the preactivations h (dtype, stride): dh = dL/dh (with the weight), wa = weight *
+  // activation, score[r] += sum of da * activation. weight and score may be null.
+  void (*activate_backward)(T* dh, int64_t ld_dh, T* wa, int64_t ld_wa, T* score, const T* da,
+                            int64_t ld_da, const void* h, Dtype dtype, int64_t stride,
+                            const T* weight, int64_t m, int64_t i0, int64_t i1,
+                            int64_t intermediate, const ActivationSpec& spec);
+
+  // out (dtype) = sum over j of weight[j] * rows[index[j]], in the order of j; index < 0 adds
+  // nothing; no weight is weight 1.
+  void (*combine)(void* out, Dtype dtype, const T* rows, int64_t ld, const int32_t* index,
+                  const T* weight, int64_t top_k, int64_t cols);
+
+  // out[0..cols) (dtype) = sum over r of weight[r] * src(r, c).
+  void (*sum_rows)(void* out, Dtype dtype, Rows src, const T* weight, int64_t rows, int64_t cols);
+
+  // The inner product of the rows that left.data and right.data point to.
+  T (*dot)(Rows left, Rows right, int64_t cols);
+};
+
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace moe_ext::cpu

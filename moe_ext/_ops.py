@@ -142,6 +142,12 @@ def _register_gradient(name, setup_context, backward):
     torch.library.register_autograd(f"moe_ext::{name}", backward, setup_context=setup_context)
 
 
+def _wanted(ctx, *places):
+    """Which of these inputs need a gradient. Trailing defaults of a call are not among ctx's."""
+    needs = ctx.needs_input_grad
+    return tuple(place < len(needs) and needs[place] for place in places)
+
+
 def _pick(mask, gradients):
     """The gradients that were asked for; None for the others."""
     return tuple(g if wanted else None for wanted, g in zip(mask, gradients))
@@ -153,7 +159,7 @@ def _router_logits_setup(ctx, inputs, output):
 
 
 def _router_logits_backward(ctx, grad):
-    mask = ctx.needs_input_grad[:3]
+    mask = _wanted(ctx, 0, 1, 2)
     return _pick(mask, ops.router_logits_backward(grad, *ctx.saved_tensors, mask))
 
 
@@ -189,9 +195,10 @@ def _grouped_ffn_setup(ctx, inputs, output):
 def _grouped_ffn_backward(ctx, grad_rows, _preactivations):
     if grad_rows is None:
         return (None,) * 16
-    needs = ctx.needs_input_grad
-    mask = (needs[0], *needs[4:8])
-    gradients = ops.grouped_ffn_backward(grad_rows, *ctx.saved_tensors, *ctx.options, output_mask=mask)
+    mask = _wanted(ctx, 0, 4, 5, 6, 7)
+    gradients = ops.grouped_ffn_backward(
+        grad_rows, *ctx.saved_tensors, *ctx.options, output_mask=mask
+    )
     dx, *parameters = _pick(mask, gradients)
     return (dx, None, None, None, *parameters, *(None,) * 8)
 
@@ -201,7 +208,7 @@ def _weighted_combine_setup(ctx, inputs, output):
 
 
 def _weighted_combine_backward(ctx, grad):
-    mask = ctx.needs_input_grad[:2]
+    mask = _wanted(ctx, 0, 1)
     gradients = ops.weighted_combine_backward(grad, *ctx.saved_tensors, mask)
     return (*_pick(mask, gradients), None, None)
 
@@ -218,8 +225,7 @@ def _moe_forward_setup(ctx, inputs, output):
 def _moe_forward_backward(ctx, grad, _preactivations):
     if grad is None:
         return (None,) * 18
-    needs = ctx.needs_input_grad
-    mask = (*needs[:2], *needs[6:10])
+    mask = _wanted(ctx, 0, 1, 6, 7, 8, 9)
     gradients = ops.moe_backward(grad, *ctx.saved_tensors, *ctx.options, output_mask=mask)
     dx, dweights, *parameters = _pick(mask, gradients)
     return (dx, dweights, None, None, None, None, *parameters, *(None,) * 8)

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from data import load_corpus
 from model import SwiGLU, Transformer
-from report import Result, load, save, table, verdict
 from tqdm import tqdm
 
 import moe_ext
+from report import Result, load, save, table, verdict
 
 
 @dataclass

@@ -38,8 +38,8 @@ def rebuild_command():
     if (PACKAGE.parent / "setup.py").exists():
         return f"cd {PACKAGE.parent} && python setup.py build_ext --inplace"
     return (
-        "pip install --no-build-isolation --no-deps --force-reinstall ."
-        " (in the folder of moe_ext's sources)"
+        "pip install --no-build-isolation --no-deps --force-reinstall ., in the folder of"
+        " moe_ext's sources"
     )
 
 

@@ -264,6 +264,7 @@ class FFNNumbers(FFNStage):
 
     # ---- same bits ----
 
+    @needs_ops
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
     @pytest.mark.parametrize("shape", ((1, 40, 24, 8, 2), (50, 40, 24, 8, 2), (600, 300, 40, 3, 2)))
     @pytest.mark.parametrize("routing", ("distinct", "one_expert", "sentinels"))

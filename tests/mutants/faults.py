@@ -22,6 +22,85 @@ def faults(file, *tests):
 
 FAULTS = []
 
+# ---- topk_route ---------------------------------------------------------------
+
+fault = faults("csrc/cpu/topk_route.cpp", "tests/test_topk_route.py")
+fault(
+    "a tie goes to the higher expert id",
+    "candidate < id ? candidate : id;",
+    "id == std::numeric_limits<int32_t>::max() || candidate > id ? candidate : id;",
+)
+fault(
+    "a NaN logit ranks as a number of its bits",
+    "bit_cast<Key>((x == x ? x : -kInf<A>) + A(0))",
+    "bit_cast<Key>(x + A(0))",
+)
+fault(
+    "the selection bias does not choose",
+    "key[e] = key_of(scores[e] + b[e]);",
+    "key[e] = key_of(scores[e] + 0 * b[e]);",
+)
+fault(
+    "groups are scored without the selection bias",
+    "scores[e] + (bias ? bias[e] : A(0));",
+    "scores[e];",
+)
+fault(
+    "a group's second best expert is its best one of the past",
+    "} else if (score > second) {",
+    "} else if (score > second && second == -kInf<A>) {",
+)
+fault(
+    "routed_scaling_factor is left out",
+    "weight[j] *= scale;",
+    "weight[j] *= 1;",
+)
+fault(
+    "padding has a log-sum-exp",
+    "logsumexp[t] = 0;",
+    "logsumexp[t] = 1;",
+)
+fault(
+    "counts take sentinels for the last expert's",
+    "if (ids[a] < E) ++count[ids[a]];",
+    "++count[std::min<int64_t>(ids[a], E - 1)];",
+)
+fault(
+    "backward: the normalisation counts as a constant",
+    "(dchosen[j] - inner) / total : dchosen[j];",
+    "dchosen[j] / total : dchosen[j];",
+)
+fault(
+    "backward: sigmoid' is s",
+    "ds[e] *= scores[e] * (1 - scores[e]);",
+    "ds[e] *= scores[e];",
+)
+fault(
+    "backward: softmax loses the mean",
+    "ds[e] = scores[e] * (ds[e] - inner);",
+    "ds[e] = scores[e] * ds[e];",
+)
+fault(
+    "backward: routed_scaling_factor is left out",
+    "dweights[t * K + j] * scale;",
+    "dweights[t * K + j];",
+)
+fault(
+    "backward: score_sums' gradient misses the normalisation of sigmoid scores",
+    "(dscore_sums[e] - mean) * share;",
+    "dscore_sums[e] * share;",
+)
+fault(
+    "backward: padding gets the gradient of the log-sum-exp",
+    "std::fill_n(out, E, T(0));",
+    "std::fill_n(out, E, T(1));",
+)
+fault(
+    "backward: a sentinel's weight gradient joins the others",
+    "          if (expert[j] >= E) continue;\n          dchosen[j] = dweights",
+    "          dchosen[j] = dweights",
+)
+
 # ---- capacity_scatter ---------------------------------------------------------
 
 fault = faults("csrc/cpu/capacity_scatter.cpp", "tests/test_capacity_scatter.py")

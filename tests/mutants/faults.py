@@ -22,6 +22,35 @@ def faults(file, *tests):
 
 FAULTS = []
 
+# ---- the reference ------------------------------------------------------------
+
+fault = faults("moe_ext/reference.py", "tests/test_reference.py")
+fault(
+    "a tie goes to the higher expert id",
+    "by_score = choice.sort(dim=-1, descending=True, stable=True).indices",
+    "by_score = choice.shape[-1] - 1 - choice.flip(-1).sort(dim=-1, descending=True, stable=True).indices",
+)
+fault(
+    "a group is always scored by its best expert",
+    'best[..., :1 if group_score == "max" else 2]',
+    "best[..., :1]",
+)
+fault(
+    "drop order: choice and token exchanged",
+    'if drop_policy == "token":',
+    'if drop_policy == "choice":',
+)
+fault(
+    "the clamp leaves up alone below",
+    "up.clamp(-limit, limit)",
+    "up.clamp(max=limit)",
+)
+fault(
+    "statistics count padding",
+    "score_sums = torch.where(present[:, None], distribution, 0.0).sum(0)",
+    "score_sums = distribution.sum(0)",
+)
+
 # ---- topk_route ---------------------------------------------------------------
 
 fault = faults("csrc/cpu/topk_route.cpp", "tests/test_topk_route.py")
@@ -32,7 +61,7 @@ fault(
 )
 fault(
     "a NaN logit ranks as a number of its bits",
-    "bit_cast<Key>((x == x ? x : -kInf<A>) + A(0))",
+    "bit_cast<Key>((x == x ? x : -kInf<A>)+A(0))",
     "bit_cast<Key>(x + A(0))",
 )
 fault(
@@ -94,11 +123,6 @@ fault(
     "backward: padding gets the gradient of the log-sum-exp",
     "std::fill_n(out, E, T(0));",
     "std::fill_n(out, E, T(1));",
-)
-fault(
-    "backward: a sentinel's weight gradient joins the others",
-    "          if (expert[j] >= E) continue;\n          dchosen[j] = dweights",
-    "          dchosen[j] = dweights",
 )
 
 # ---- capacity_scatter ---------------------------------------------------------

@@ -29,6 +29,7 @@ class Result:
     entropy: list = field(default_factory=list)  # of the mean routing over log(experts)
     load: list = field(default_factory=list)  # layers x experts: share of the layer's assignments
     tokens_per_second: float = 0.0
+    tokens_per_cpu_second: float = 0.0  # bears a machine that others use too
     sample: str = ""
 
     @property
@@ -107,8 +108,9 @@ def provenance():
     changed = (
         "+changes" if _git("status", "--porcelain", "--", "../moe_ext", "../csrc", ".") else ""
     )
+    arguments = [a for a in sys.argv[1:] if a != "--resume"]  # whole or in parts: the same result
     return {
-        "command": " ".join(["python", "examples/train_lm.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "examples/train_lm.py", *arguments]),
         "commit": commit + changed,
         "processor": _processor(),
         "threads": torch.get_num_threads(),

@@ -83,13 +83,13 @@ def train(name, seed, corpus, args):
     warmup = max(1, min(100, args.steps // 8))
     batches = torch.Generator().manual_seed(seed)
     record_every, validate_every = max(1, args.steps // 100), max(1, args.steps // 10)
-    seconds, losses = 0.0, []
+    seconds, cpu_seconds, losses = 0.0, 0.0, []
 
     bar = tqdm(
         total=args.steps, desc=f"{variant.label}, seed {seed}", unit="step", disable=args.quiet
     )
     for step in range(1, args.steps + 1):
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         for group in optimizer.param_groups:  # a linear warm-up, then linearly down to 5 %
             decay = 1 - 0.95 * (step - 1) / args.steps
             group["lr"] = args.lr * min(1.0, step / warmup) * decay
@@ -102,6 +102,7 @@ def train(name, seed, corpus, args):
         moe_ext.update_router_biases(model)  # of the layers that balance without a loss
         losses.append(loss.item())
         seconds += time.perf_counter() - started
+        cpu_seconds += time.process_time() - cpu_started
 
         if not math.isfinite(losses[-1]):
             raise RuntimeError(
@@ -113,7 +114,9 @@ def train(name, seed, corpus, args):
             record_routing(model, step, result)
         if step % validate_every == 0 or step == args.steps:
             result.validation_loss.append((step, validation_loss(model, corpus, args)))
-        result.tokens_per_second = step * args.batch_size * args.context / seconds
+        tokens = step * args.batch_size * args.context
+        result.tokens_per_second = tokens / seconds
+        result.tokens_per_cpu_second = tokens / cpu_seconds
         bar.set_postfix_str(describe(result), refresh=False)
         bar.update()
     bar.close()
@@ -144,6 +147,12 @@ def validation_loss(model, corpus, args):
     return total / count
 
 
+def readable(text):
+    """Bytes as text that no terminal takes for a command."""
+    text = text.decode("utf-8", errors="replace")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def describe(result):
     """The progress bar's right end."""
     parts = [f"{result.tokens_per_second:,.0f} tokens/s"]
@@ -172,7 +181,7 @@ def parse(argv=None):
     sizes = p.add_argument_group("sizes")
     for name, (default, text) in SIZES.items():
         sizes.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    sizes.add_argument("--lr", type=float, default=6e-3, help="AdamW's peak learning rate (6e-3)")
+    sizes.add_argument("--lr", type=float, default=4e-3, help="AdamW's peak learning rate (4e-3)")
     args = p.parse_args(argv)
     check(p, args)
     return args
@@ -241,7 +250,7 @@ def main(argv=None):
                 continue
             model, result = train(name, seed, corpus, args)
             sample = model.generate(b"def ", args.sample_bytes)
-            result.sample = sample.decode("utf-8", errors="replace")
+            result.sample = readable(sample)
             results.append(result)
             results.sort(key=lambda r: (list(VARIANTS).index(r.variant), r.seed))
             save(out / "results.json", results, settings)

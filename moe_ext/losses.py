@@ -31,8 +31,8 @@ def balance_loss(counts, score_sums, tokens, top_k):
     counts (E): assignments; score_sums (E): sums of normalised scores; tokens: how
     many were not padding, a number or a tensor. 1.0 is perfect balance, whatever K.
     """
-    share = counts / (tokens * top_k)
-    return counts.shape[0] * torch.dot(share.to(score_sums.dtype), score_sums / tokens)
+    share = counts.to(score_sums.dtype) / (tokens * top_k)
+    return counts.shape[0] * torch.dot(share, score_sums / tokens)
 
 
 def z_loss(logits, padding_mask=None):

@@ -114,7 +114,8 @@ class MoE(nn.Module):
     Differentiable in x and all parameters; the choice and the drops are constants.
     A second derivative, forward-mode AD and the transforms of torch.func raise
     RuntimeError. The same inputs give the same bits, forward and backward, whatever
-    the number of threads; see `batch_invariant` for other batches.
+    the number of threads (of shared experts, which are nn.Linear, as far as those do);
+    see `batch_invariant` for other batches.
 
     Parameters have the names of Hugging Face's MoE blocks (gate.weight,
     experts.gate_up_proj, experts.down_proj, shared_experts.gate_proj.weight ...), so

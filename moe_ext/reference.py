@@ -42,7 +42,7 @@ def choose_experts(scores, top_k, selection_bias, n_group, topk_group, group_sco
     if topk_group < n_group:
         grouped = choice.unflatten(-1, (n_group, -1))
         best = grouped.sort(dim=-1, descending=True, stable=True).values
-        group_scores = best[..., :1 if group_score == "max" else 2].sum(-1)
+        group_scores = best[..., : 1 if group_score == "max" else 2].sum(-1)
         kept = group_scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk_group]
         eligible = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, kept, True)
         # Ineligible experts come after every eligible one, even one at -inf.
@@ -92,7 +92,9 @@ def topk_route(
             weights = weights / torch.where(valid.any(-1, keepdim=True), total + 1e-20, 1.0)
     weights = weights * routed_scaling_factor
 
-    present = torch.ones_like(logits[:, 0], dtype=torch.bool) if padding_mask is None else ~padding_mask
+    present = (
+        torch.ones_like(logits[:, 0], dtype=torch.bool) if padding_mask is None else ~padding_mask
+    )
     distribution = scores / scores.sum(-1, keepdim=True) if score_function == "sigmoid" else scores
     score_sums = torch.where(present[:, None], distribution, 0.0).sum(0)
     logsumexp = torch.where(present, logits.logsumexp(-1), 0.0)
@@ -126,7 +128,11 @@ def capacity_scatter(
             order = assignment.view(tokens, top_k).t().reshape(-1)
         else:
             key = weights.detach().reshape(-1).double()
-            order = torch.where(key.isnan(), -math.inf, key).sort(dim=-1, descending=True, stable=True).indices
+            order = (
+                torch.where(key.isnan(), -math.inf, key)
+                .sort(dim=-1, descending=True, stable=True)
+                .indices
+            )
         sequence = assignment // max(top_k * (tokens // num_sequences), 1)
         bucket = (sequence * (num_experts + 1) + flat)[order]
         by_bucket = bucket.sort(dim=-1, stable=True).indices
@@ -136,7 +142,9 @@ def capacity_scatter(
         place[by_bucket] = torch.arange(len(bucket), device=flat.device) - starts[bucket[by_bucket]]
         kept[order] &= place < capacity
 
-    row_assignment = flat.masked_fill(~kept, num_experts).sort(dim=-1, stable=True).indices[: int(kept.sum())]
+    row_assignment = (
+        flat.masked_fill(~kept, num_experts).sort(dim=-1, stable=True).indices[: int(kept.sum())]
+    )
     rows = len(flat) if capacity is None else min(len(flat), num_experts * capacity * num_sequences)
     assignment_row = torch.full_like(flat, -1)
     assignment_row[row_assignment] = torch.arange(len(row_assignment), device=flat.device)
@@ -204,7 +212,9 @@ def grouped_ffn(
         mine = x[plan.row_token[begin:end].long()]
         h = F.linear(mine, up_proj[expert], None if up_bias is None else up_bias[expert])
         a = activate(h, activation, limit, alpha, up_offset, interleaved)
-        rows.append(F.linear(a, down_proj[expert], None if down_bias is None else down_bias[expert]))
+        rows.append(
+            F.linear(a, down_proj[expert], None if down_bias is None else down_bias[expert])
+        )
     rows.append(x.new_zeros(len(plan.row_token) - offsets[-1], x.shape[-1]))
     return torch.cat(rows)
 
@@ -212,7 +222,7 @@ def grouped_ffn(
 def weighted_combine(rows, weights, plan):
     kept = plan.assignment_row >= 0
     if len(rows) == 0:
-        return rows.new_zeros(len(weights), rows.shape[-1])
+        return rows.sum(0).expand(len(weights), -1)  # zeros, still part of the graph
     mine = rows[plan.assignment_row.clamp(min=0).long()]
     dtype = accumulation_dtype(torch.promote_types(rows.dtype, weights.dtype))
     mine = torch.where(kept[..., None], mine, 0.0).to(dtype)

@@ -1,0 +1,66 @@
+"""What the tests of `MoE` share: layers of unit scale, one training step, closeness."""
+
+import torch
+
+from moe_ext import MoE
+from naive_layer import naive_layer
+from oracle import unit
+
+H, I, E, K = 16, 12, 8, 2
+
+
+def make(num_experts=E, top_k=K, hidden=H, width=I, seed=None, dtype=torch.float64, **options):
+    """An MoE whose matrices have unit-scale effect, biases included."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    layer = MoE(hidden, width, num_experts, top_k, dtype=dtype, **options)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            transposed = layer.experts.options["transposed"] and name.startswith("experts.")
+            fan_in = (
+                1 if p.dim() == 1 or name.endswith("_bias") else p.shape[-2 if transposed else -1]
+            )
+            p.copy_(unit(*p.shape, fan_in=fan_in))
+        if layer.gate.e_score_correction_bias is not None:
+            layer.gate.e_score_correction_bias.copy_(unit(num_experts) * 0.2)
+    return layer
+
+
+def step(layer, x, forward, **kwargs):
+    """y, and the gradients of <y, cotangent> by x and every parameter."""
+    x = x.detach().requires_grad_()
+    y, loss = forward(layer, x, **kwargs)
+    cotangent = unit(*y.shape, dtype=torch.float64).to(y.dtype)
+    names = [name for name, _ in layer.named_parameters()]
+    wanted = [x, *layer.parameters()]
+    # 0 * x: where every token is padding, the expected output is a constant.
+    total = (y * cotangent).sum() + loss + 0 * x.sum()
+    gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, gradients)]
+    return y.detach(), dict(zip(["x", *names], gradients))
+
+
+def run(layer, x, **kwargs):
+    return layer(x, **kwargs), 0.0
+
+
+def run_naive(layer, x, padding_mask=None):
+    """What the layer must do: in training its losses join the loop's own."""
+    y, aux, z, _ = naive_layer(layer, x, padding_mask)
+    return y, layer.aux_loss_coef * aux + layer.z_loss_coef * z if layer.training else 0.0
+
+
+def assert_close(actual, expected, limit=1e-11):
+    assert actual.shape == expected.shape
+    scale = max(expected.norm().item(), 1e-3)
+    assert (actual - expected).norm().item() <= limit * scale
+
+
+def assert_step_matches(layer, x, padding_mask=None):
+    state = torch.get_rng_state()
+    y, gradients = step(layer, x, run, padding_mask=padding_mask)
+    torch.set_rng_state(state)
+    expected, expected_gradients = step(layer, x, run_naive, padding_mask=padding_mask)
+    assert_close(y, expected)
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected_gradients[name], 1e-10), name

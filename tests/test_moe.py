@@ -1,0 +1,598 @@
+"""MoE against the layer written out token by token: every option, values and gradients."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe_ext
+from layer_suite import E, H, I, K, assert_close, assert_step_matches, make, run, step
+from moe_ext import MoE, reference
+from naive_layer import capacity
+from oracle import (
+    ACTIVATIONS,
+    DTYPES,
+    HAS_OPS,
+    assert_within_bound,
+    bits_equal,
+    relative_error,
+    unit,
+)
+
+
+@st.composite
+def options(draw):
+    activation = draw(st.sampled_from(ACTIVATIONS))
+    gated = activation in reference.GATES
+    flag = st.booleans()
+    shared = draw(st.sampled_from((0, 10)))
+    drawn = dict(
+        activation=activation,
+        transposed=draw(flag),
+        interleaved=gated and draw(flag),
+        bias=draw(flag),
+        gate_bias=draw(flag),
+        score_function=draw(st.sampled_from(("softmax", "sigmoid", "softmax_topk"))),
+        norm_topk_prob=draw(flag),
+        routed_scaling_factor=draw(st.sampled_from((1.0, 2.5))),
+        score_correction_bias=draw(flag),
+        capacity_factor=draw(st.sampled_from((None, 0.5, 1.0, 1.25))),
+        eval_capacity_factor=draw(st.sampled_from((None, 1.0))),
+        min_capacity=draw(st.sampled_from((0, 1, 4))),
+        expert_capacity=draw(st.sampled_from((None, None, 2))),
+        capacity_scope=draw(st.sampled_from(("batch", "sequence"))),
+        drop_policy=draw(st.sampled_from(("choice", "token", "probs"))),
+        renormalize_after_drop=draw(flag),
+        aux_loss_coef=draw(st.sampled_from((0.0, 0.1))),
+        z_loss_coef=draw(st.sampled_from((0.0, 0.01))),
+        shared_expert_intermediate_size=shared,
+        shared_expert_gate=bool(shared) and draw(flag),
+    )
+    if gated and draw(flag):
+        drawn |= dict(limit=1.0, up_offset=1.0)
+        if activation == "swiglu":
+            drawn["alpha"] = 1.702
+    if draw(flag):
+        drawn |= dict(
+            n_group=4, topk_group=2, group_score=draw(st.sampled_from(("max", "top2_sum")))
+        )
+    return drawn
+
+
+@settings(max_examples=60)
+@given(
+    options=options(),
+    top_k=st.sampled_from((1, 2, 3)),
+    shape=st.sampled_from(((1,), (5,), (2, 4), (3, 1), (2, 2, 3), (0,))),
+    padded=st.booleans(),
+    training=st.booleans(),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_every_option_as_written_out(options, top_k, shape, padded, training, seed):
+    layer = make(top_k=top_k, seed=seed, **options).train(training)
+    x = unit(*shape, H, dtype=torch.float64)
+    mask = torch.rand(shape) < 0.3 if padded else None
+    assert_step_matches(layer, x, mask)
+
+
+@pytest.mark.parametrize("num_experts,top_k", [(1, 1), (2, 2), (5, 5), (3, 1)])
+def test_few_experts(num_experts, top_k):
+    assert_step_matches(make(num_experts, top_k), unit(7, H, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_every_dtype_within_the_bound(dtype, training):
+    """With the layer's own experts and drops in the oracle, as DESIGN says."""
+    layer = make(dtype=dtype, shared_expert_intermediate_size=8, z_loss_coef=0.01).train(training)
+    x = unit(3, 11, H, dtype=dtype)
+    _, routing = layer(x, return_routing=True)
+    oracle = copy.deepcopy(layer).double()
+
+    def baseline_forward(layer, x, routing):
+        tokens = x.reshape(-1, H)
+        logits = reference.router_logits(tokens, layer.gate.weight)
+        route = reference.topk_route(logits, K, experts=routing.experts)
+        y = reference.moe_forward(
+            tokens, route.weights, routing.plan, *layer.experts.weights(), **layer.experts.options
+        )
+        y = (y + layer.shared_experts(tokens)).view(x.shape)
+        if not layer.training:
+            return y, 0.0
+        f = route.counts / (len(tokens) * K)
+        aux = E * (f * route.score_sums / len(tokens)).sum()
+        return y, 0.01 * aux + 0.01 * route.logsumexp.square().mean()
+
+    state = torch.get_rng_state()
+    results = []
+    for subject, data, forward in (
+        (layer, x, run),
+        (layer, x, baseline_forward),
+        (oracle, x.double(), run),
+    ):
+        torch.set_rng_state(state)
+        results.append(step(subject, data, forward, routing=routing))
+    (y, gradients), (y_base, gradients_base), (y_true, gradients_true) = results
+    assert y.dtype == dtype and y.shape == x.shape
+    assert_within_bound("y", y, y_true, y_base)
+    for name, gradient in gradients.items():
+        assert_within_bound(name, gradient, gradients_true[name], gradients_base[name], dtype)
+
+
+def test_shapes_and_strides():
+    layer = make()
+    x = unit(2, 3, 5, H, dtype=torch.float64)
+    y = layer(x)
+    assert y.shape == x.shape and bits_equal(y.view(-1, H), layer(x.view(-1, H)))
+    wide = unit(4, 6, 2 * H, dtype=torch.float64)
+    assert_close(layer(wide[:, ::2, ::2]), layer(wide[:, ::2, ::2].contiguous()))
+    assert layer(x[:0]).shape == (0, 3, 5, H)
+
+
+# ---- capacity ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "factor,tokens,num_experts,top_k,minimum,expected",
+    [
+        (1.0, 64, 8, 2, 4, 16),
+        (1.25, 64, 8, 2, 4, 20),
+        (1.25, 63, 8, 2, 4, 20),  # 19.69
+        (1.1, 100, 10, 1, 1, 11),  # in floats 1.1 * 100 / 10 is above 11
+        (0.7, 10, 7, 1, 0, 1),
+        (1.0, 8, 8, 2, 4, 4),
+        (1.0, 3, 8, 2, 4, 3),  # never over T
+        (1e6, 5, 2, 1, 4, 5),
+        (1 / 3, 9, 3, 1, 1, 1),
+        (None, 9, 3, 1, 1, None),
+    ],
+)
+def test_capacity(factor, tokens, num_experts, top_k, minimum, expected):
+    layer = MoE(4, 4, num_experts, top_k, capacity_factor=factor, min_capacity=minimum)
+    assert layer.capacity(tokens) == expected
+    assert layer.eval().capacity(tokens) is None
+    layer.eval_capacity_factor = factor
+    assert layer.capacity(tokens) == expected
+    layer.capacity_factor = None
+    assert layer.train().capacity(tokens) is None
+
+
+@given(st.floats(1e-3, 20), st.integers(0, 5000), st.sampled_from((1, 3, 8, 60)), st.integers(0, 9))
+def test_capacity_is_exact(factor, tokens, num_experts, minimum):
+    layer = MoE(1, 1, num_experts, 1, capacity_factor=factor, min_capacity=minimum)
+    assert layer.capacity(tokens) == capacity(layer, tokens)
+
+
+def test_expert_capacity_acts_in_eval_too():
+    layer = make(expert_capacity=1, top_k=1).eval()
+    _, routing = layer(unit(50, H, dtype=torch.float64), return_routing=True)
+    assert routing.plan.expert_offsets[-1] == (routing.plan.expert_counts > 0).sum()
+
+
+def test_a_dropped_token_keeps_nothing():
+    layer = make(num_experts=2, top_k=1, expert_capacity=1)
+    x = unit(6, H, dtype=torch.float64)
+    y, routing = layer(x, return_routing=True)
+    lost = (routing.plan.assignment_row < 0).all(-1)
+    assert lost.sum() >= 4 and not y[lost].any() and y[~lost].any(-1).all()
+
+
+# ---- padding -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [dict(), dict(score_function="sigmoid", bias=True)])
+def test_padding_is_as_if_the_tokens_were_not_there(options):
+    layer = make(
+        capacity_factor=None, shared_expert_intermediate_size=8, z_loss_coef=0.1, **options
+    )
+    x = unit(4, 6, H, dtype=torch.float64)
+    mask = torch.rand(4, 6) < 0.4
+    x[mask] = 1e3  # nothing of it may show
+    x.requires_grad_()
+    y, routing = layer(x, padding_mask=mask, return_routing=True)
+    stats = layer.stats(reset=True)
+    cotangent = unit(*y.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad((y * cotangent).sum(), [x, *layer.parameters()])
+    y_few, few = layer(x[~mask], return_routing=True)
+    stats_few = layer.stats()
+    gradients_few = torch.autograd.grad((y_few * cotangent[~mask]).sum(), [x, *layer.parameters()])
+    assert not y[mask].any()
+    assert_close(y[~mask], y_few)
+    assert_close(routing.aux_loss, few.aux_loss)
+    assert_close(routing.z_loss, few.z_loss)
+    for a, b in zip(gradients, gradients_few):
+        assert_close(a, b, 1e-10)
+    assert torch.equal(stats.pop("load"), stats_few.pop("load"))
+    assert stats == pytest.approx(stats_few)
+
+
+def test_padding_takes_no_capacity():
+    layer = make(top_k=1, expert_capacity=2, capacity_scope="sequence")
+    x = unit(1, 8, H, dtype=torch.float64).expand(3, 8, H).clone()
+    x[:, 1:] = x[:, :1]  # every token wants the same expert
+    mask = torch.zeros(3, 8, dtype=torch.bool)
+    mask[1, :5] = True
+    kept = layer(x, padding_mask=mask).abs().sum(-1) > 0
+    expected = torch.zeros(3, 8, dtype=torch.bool)
+    expected[[0, 0, 1, 1, 2, 2], [0, 1, 5, 6, 0, 1]] = True
+    assert torch.equal(kept, expected)
+
+
+def test_everything_padded():
+    layer = make(z_loss_coef=0.1)
+    x = unit(5, H, dtype=torch.float64).requires_grad_()
+    y, routing = layer(x, padding_mask=torch.ones(5, dtype=torch.bool), return_routing=True)
+    y.sum().backward()
+    assert not y.any() and not x.grad.any() and not layer.gate.weight.grad.any()
+    assert routing.aux_loss == 0 and routing.z_loss == 0
+    assert layer.stats()["tokens"] == 0 and layer.stats()["forwards"] == 1
+
+
+def test_padding_context():
+    layer = make()
+    x, mask = unit(2, 5, H, dtype=torch.float64), torch.rand(2, 5) < 0.5
+    mask[0, 0] = True
+    expected = layer(x, padding_mask=mask)
+    with moe_ext.padding(mask):
+        assert bits_equal(layer(x), expected)
+        assert bits_equal(layer(x.view(-1, H)), expected.view(-1, H))
+        assert layer(x, padding_mask=~mask)[0, 0].any()
+        with moe_ext.padding(None):
+            assert layer(x).any(-1).all()
+        assert bits_equal(layer(x), expected)
+        with pytest.raises(ValueError, match=r"moe_ext.padding must be bool of shape \(5, 2\)"):
+            layer(x.transpose(0, 1))
+    assert layer(x).any(-1).all()
+    with pytest.raises(TypeError, match="attention_mask == 0"), moe_ext.padding(mask.long()):
+        pass
+
+
+# ---- replay, jitter, router_dtype ----------------------------------------------------
+
+
+def test_replay_takes_the_choice_and_the_drops_but_weighs_anew():
+    layer = make(capacity_factor=0.6, min_capacity=1)
+    x = unit(12, H, dtype=torch.float64)
+    y, recorded = layer(x, return_routing=True)
+    assert bits_equal(layer(x, routing=recorded), y)
+    assert bits_equal(layer.eval()(x, routing=recorded), y)  # the drops of training
+    layer.train()
+    with torch.no_grad():
+        layer.gate.weight.copy_(layer.gate.weight.flip(0))
+    y_new, again = layer(x, routing=recorded, return_routing=True)
+    assert torch.equal(again.experts, recorded.experts) and again.plan == recorded.plan
+    scores = again.logits.softmax(-1).gather(-1, recorded.experts.long())
+    assert_close(again.weights.detach(), (scores / scores.sum(-1, keepdim=True)).detach())
+    gradients = step(layer, x, run, routing=recorded)[1]
+    assert gradients["gate.weight"].any()
+    # Without a plan, the capacity is the layer's own.
+    assert bits_equal(layer(x, routing=recorded._replace(plan=None)), y_new)
+
+
+@pytest.mark.parametrize("target", ["router", "block"])
+def test_jitter(target):
+    layer = make(jitter_eps=0.25, jitter_target=target, capacity_factor=None)
+    x = unit(64, H, dtype=torch.float64)
+    state = torch.get_rng_state()
+    y, routing = layer(x, return_routing=True)
+    torch.set_rng_state(state)
+    noise = torch.empty_like(x).uniform_(0.75, 1.25)
+    layer.jitter_eps = 0.0
+    assert_close(routing.logits, layer(x * noise, return_routing=True)[1].logits)
+    assert_close(y, layer(x if target == "router" else x * noise, routing=routing) if target == "block"
+                 else reference.moe_forward(x, routing.weights, routing.plan, *layer.experts.weights(),
+                                            **layer.experts.options))  # fmt: skip
+    layer.jitter_eps = 0.25
+    layer.eval()
+    assert bits_equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("router_dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_router_dtype(router_dtype):
+    layer = make(router_dtype=router_dtype, dtype=torch.float32)
+    x = unit(9, H)
+    y, routing = layer(x, return_routing=True)
+    logits = reference.router_logits(x.to(router_dtype), layer.gate.weight.to(router_dtype))
+    assert routing.logits.dtype == (
+        torch.float64 if router_dtype == torch.float64 else torch.float32
+    )
+    assert relative_error(routing.logits, logits.double()) < 1e-6
+    assert y.dtype == torch.float32
+    y.sum().backward()
+    assert layer.gate.weight.grad.dtype == torch.float32
+
+
+# ---- autocast, state -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_router_in_float32(dtype):
+    layer = make(dtype=torch.float32, shared_expert_intermediate_size=8)
+    moe_ext.set_loss_scale(layer, 1.0)
+    x = unit(9, H, dtype=torch.float32).requires_grad_()
+    _, plain = layer(x, return_routing=True)
+    with torch.autocast("cpu", dtype=dtype):
+        y, routing = layer(x, return_routing=True)
+        y_low = layer(x.detach().to(dtype))
+    y.sum().backward()
+    assert y.dtype == torch.float32 and y_low.dtype == dtype
+    assert bits_equal(routing.logits, plain.logits) and bits_equal(routing.weights, plain.weights)
+    low = copy.deepcopy(layer).to(dtype)
+    low.gate.weight.data = low.gate.weight.data.float().copy_(layer.gate.weight.data)
+    assert relative_error(y, layer(x, routing=routing).double()) < 20 * torch.finfo(dtype).eps
+    assert (
+        relative_error(y, layer(x, routing=routing).double()) > torch.finfo(torch.float32).eps * 20
+    )
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+def test_selection_bias_stays_float32():
+    layer = make(score_correction_bias=True)
+    bias = layer.gate.e_score_correction_bias.clone()
+    for cast in (
+        lambda m: m.bfloat16(),
+        lambda m: m.half(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: torch.nn.Sequential(m).to(torch.float64)[0],
+    ):
+        layer = cast(layer)
+        assert bits_equal(layer.gate.e_score_correction_bias, bias)
+    state = {k: v.bfloat16() for k, v in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    assert layer.gate.e_score_correction_bias.dtype == torch.float32
+    assert (
+        MoE(
+            4, 4, 2, 1, score_correction_bias=True, dtype=torch.bfloat16
+        ).gate.e_score_correction_bias.dtype
+        == torch.float32
+    )
+    assert "gate.e_score_correction_bias" not in make().state_dict()
+
+
+def test_state_dict_has_the_names_of_hugging_face():
+    layer = make(shared_expert_intermediate_size=4, shared_expert_gate=True, gate_bias=True,
+                 bias_update_rate=0.1)  # fmt: skip
+    assert {name: tuple(t.shape) for name, t in layer.state_dict().items()} == {
+        "gate.weight": (E, H),
+        "gate.bias": (E,),
+        "gate.e_score_correction_bias": (E,),
+        "experts.gate_up_proj": (E, 2 * I, H),
+        "experts.down_proj": (E, H, I),
+        "shared_experts.gate_proj.weight": (4, H),
+        "shared_experts.up_proj.weight": (4, H),
+        "shared_experts.down_proj.weight": (H, 4),
+        "shared_expert_gate.weight": (1, H),
+    }
+    ungated = make(activation="relu2", bias=True, transposed=True)
+    assert {name: tuple(t.shape) for name, t in ungated.experts.state_dict().items()} == {
+        "up_proj": (E, H, I),
+        "down_proj": (E, I, H),
+        "up_proj_bias": (E, I),
+        "down_proj_bias": (E, H),
+    }
+    state = {k.replace("shared_experts", "shared_expert"): v for k, v in layer.state_dict().items()}
+    names = set(state)
+    other = torch.nn.Sequential(make(shared_expert_intermediate_size=4, shared_expert_gate=True,
+                                     gate_bias=True, bias_update_rate=0.1))  # fmt: skip
+    other.load_state_dict({f"0.{k}": v for k, v in state.items()})  # Qwen2-MoE's names
+    x = unit(5, H, dtype=torch.float64)
+    assert bits_equal(other(x), layer(x)) and set(state) == names
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+def test_copies_are_independent(how):
+    layer = make(bias_update_rate=0.1)
+    x = unit(20, H, dtype=torch.float64)
+    layer(x)
+    if how == "deepcopy":
+        copied = copy.deepcopy(layer)
+    elif how == "pickle":
+        copied = pickle.loads(pickle.dumps(layer))
+    else:
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    assert copied.stats()["tokens"] == 20
+    assert bits_equal(copied(x), layer(x))
+    assert copied.stats(reset=True)["tokens"] == 40 and layer.stats()["tokens"] == 40
+    moe_ext.update_router_biases(copied)
+    assert copied.gate.e_score_correction_bias.ne(layer.gate.e_score_correction_bias).any()
+    moe_ext.set_loss_scale(copied, 7.0)
+    assert layer.loss_scale == 1.0
+
+
+def test_from_the_meta_device():
+    layer = MoE(H, I, E, K, bias=True, bias_update_rate=0.1, shared_expert_intermediate_size=4,
+                shared_expert_gate=True, gate_bias=True, device="meta")  # fmt: skip
+    assert all(t.is_meta for t in (*layer.parameters(), *layer.buffers(), layer.loss_scale))
+    assert all(t.is_meta for t in layer._stats.tensors())
+    layer.to_empty(device="cpu")
+    assert layer.loss_scale == 1.0 and layer.stats()["forwards"] == 0.0
+    with torch.no_grad():
+        for t in (*layer.parameters(), *layer.buffers()):
+            t.fill_(float("nan"))
+    layer.reset_parameters()
+    for name, t in (*layer.named_parameters(), *layer.named_buffers()):
+        if name.endswith("bias"):
+            assert not t.any(), name
+        elif t.numel() > 500:
+            assert 0.015 < t.std() < 0.025, name
+        else:
+            assert 0 < t.abs().max() < 0.12, name
+    assert layer(unit(3, H)).isfinite().all()
+
+
+def test_functional_call():
+    layer, other = make(seed=1), make(seed=2)
+    x = unit(5, H, dtype=torch.float64)
+    y = torch.func.functional_call(layer, dict(other.named_parameters()), (x,))
+    assert bits_equal(y, other(x))
+
+
+def test_parametrized_weights():
+    layer = make()
+    x = unit(5, H, dtype=torch.float64)
+
+    class Half(torch.nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    expected = layer(x) / 2
+    torch.nn.utils.parametrize.register_parametrization(layer.experts, "down_proj", Half())
+    assert_close(layer(x), expected)
+
+
+def test_repr_says_what_matters():
+    text = repr(make(bias_update_rate=0.001))
+    for part in ("hidden_size=16", "num_experts=8", "top_k=2", "capacity_factor=1.25",
+                 "bias_update_rate=0.001", "gate_up_proj=(8, 24, 16)"):  # fmt: skip
+        assert part in text
+
+
+def test_num_experts_per_tok():
+    assert MoE(4, 4, 8, num_experts_per_tok=3).top_k == 3
+    assert MoE(4, 4, 8, 3, num_experts_per_tok=3).num_experts_per_tok == 3
+    assert MoE(4, 4).top_k == 2
+    with pytest.raises(ValueError, match="top_k and num_experts_per_tok"):
+        MoE(4, 4, 8, 2, num_experts_per_tok=3)
+
+
+# ---- bits ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not HAS_OPS, reason="the reference is the library's matrix products")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_with_one_and_two_threads(dtype, set_threads):
+    layer = make(dtype=dtype, hidden=64, width=48, z_loss_coef=0.1, renormalize_after_drop=True)
+    x = unit(3, 300, 64, dtype=dtype)
+    results = []
+    for threads in (1, 1, 2, 2):
+        set_threads(threads)
+        torch.manual_seed(0)
+        layer.stats(reset=True)
+        results.append((*step(layer, x, run), layer.stats()))
+    for result in results[1:]:
+        assert bits_equal(result, results[0])
+
+
+@pytest.mark.skipif(not HAS_OPS, reason="the reference is one F.linear an expert")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_invariance(dtype):
+    layer = make(dtype=dtype, hidden=64, width=48).eval()
+    x = unit(100, 64, dtype=dtype)
+    with moe_ext.batch_invariant(), torch.no_grad():
+        y = layer(x)
+        for rows in ([0], [3, 4], range(7, 25), range(99, -1, -1)):
+            assert bits_equal(layer(x[list(rows)]), y[list(rows)])
+
+
+# ---- what is refused -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error,options,text",
+    [
+        (ValueError, dict(hidden_size=0), "hidden_size must be an integer of at least 1, got 0"),
+        (TypeError, dict(intermediate_size=8.0), "intermediate_size must be an integer"),
+        (TypeError, dict(num_experts=True), "num_experts must be an integer"),
+        (ValueError, dict(top_k=0), "top_k must be an integer from 1 to 8, got 0"),
+        (ValueError, dict(top_k=9), "top_k must be an integer from 1 to 8, got 9"),
+        (TypeError, dict(top_k="2"), "top_k must be an integer from 1 to 8, got '2'"),
+        (ValueError, dict(capacity_factor=-1.0), "capacity_factor must be a positive number, got -1.0"),
+        (ValueError, dict(capacity_factor=float("nan")), "capacity_factor must be .* got nan"),
+        (ValueError, dict(capacity_factor=0), "capacity_factor must be a positive number, got 0"),
+        (ValueError, dict(eval_capacity_factor=float("inf")), "eval_capacity_factor must be"),
+        (TypeError, dict(capacity_factor="1"), "capacity_factor must be a positive number, got '1'"),
+        (ValueError, dict(expert_capacity=0), "expert_capacity must be"),
+        (ValueError, dict(min_capacity=-1), "min_capacity must be"),
+        (ValueError, dict(n_group=3), r"n_group must divide num_experts \(8\), got 3"),
+        (ValueError, dict(n_group=4, topk_group=5), "topk_group must be an integer from 1 to 4"),
+        (ValueError, dict(n_group=8, topk_group=1), "top_k must be at most the 1 experts"),
+        (ValueError, dict(activation="swish"), "activation must be one of swiglu, .*relu2, got 'swish'"),
+        (TypeError, dict(activation=torch.relu), "activation must be one of"),
+        (ValueError, dict(score_function="softmin"), "score_function must be one of softmax, sigmoid"),
+        (ValueError, dict(group_score="sum"), "group_score must be one of max, top2_sum"),
+        (ValueError, dict(drop_policy="random"), "drop_policy must be one of choice, token, probs"),
+        (ValueError, dict(capacity_scope="token"), "capacity_scope must be one of batch, sequence"),
+        (ValueError, dict(jitter_target="all"), "jitter_target must be one of router, block"),
+        (ValueError, dict(jitter_eps=1.0), "jitter_eps must be a number of at least 0 and below 1"),
+        (ValueError, dict(aux_loss_coef=-0.1), "aux_loss_coef must be"),
+        (ValueError, dict(bias_update_rate=float("nan")), "bias_update_rate must be"),
+        (ValueError, dict(limit=0.0), "limit must be a positive number"),
+        (ValueError, dict(activation="relu", limit=7.0), "limit and up_offset"),
+        (ValueError, dict(activation="geglu", alpha=1.7), "alpha must be 1.0"),
+        (ValueError, dict(activation="relu", interleaved=True), "interleaved must be False"),
+        (TypeError, dict(bias=1), "bias must be True or False, got 1"),
+        (ValueError, dict(shared_expert_gate=True), "shared_expert_gate must be False"),
+        (TypeError, dict(dtype="float32"), "dtype must be None, torch.float64"),
+        (ValueError, dict(router_dtype=torch.int32), "router_dtype must be None, torch.float64"),
+    ],
+)  # fmt: skip
+def test_bad_options(error, options, text):
+    arguments = dict(hidden_size=4, intermediate_size=4, num_experts=8) | options
+    with pytest.raises(error, match=f"^MoE: {text}"):
+        MoE(**arguments)
+
+
+@pytest.mark.parametrize(
+    "error,arguments,text",
+    [
+        (TypeError, lambda x: ([1.0],), r"x must be float64 of shape \(..., 16\)"),
+        (TypeError, lambda x: (x.long(),), r"x must be float64 .* got int64 \(3, 16\)"),
+        (TypeError, lambda x: (x.float(),), r"x must be float64 .* got float32 \(3, 16\)"),
+        (ValueError, lambda x: (x[0],), r"x must be float64 .* two dimensions or more, got float64 \(16,\)"),
+        (ValueError, lambda x: (x[:, :8],), r"got float64 \(3, 8\)"),
+        (ValueError, lambda x: (x.to("meta"),), "x must be on the parameters' cpu, got meta"),
+        (TypeError, lambda x: (x, torch.ones(3, dtype=torch.long)), "attention_mask == 0"),
+        (TypeError, lambda x: (x, [True]), r"padding_mask must be bool of shape \(3,\)"),
+        (ValueError, lambda x: (x, torch.ones(4, dtype=torch.bool)), r"bool of shape \(3,\), got bool \(4,\)"),
+        (TypeError, lambda x: (x, None, x), "routing must be a moe_ext.Routing"),
+        (ValueError, lambda x: (x, None, make()(unit(4, H, dtype=x.dtype), return_routing=True)[1]),
+         r"routing.experts must be int32 or int64 of shape \(3, 2\), got int32 \(4, 2\)"),
+        (ValueError, lambda x: (x, None, make(9)(x, return_routing=True)[1]), "routing.plan must be of 8 experts"),
+    ],
+)  # fmt: skip
+def test_bad_calls_change_nothing(error, arguments, text):
+    layer = make(bias_update_rate=0.1)
+    before = copy.deepcopy(vars(layer._stats))
+    x, mask, routing = (*arguments(unit(3, H, dtype=torch.float64)), None, None)[:3]
+    with pytest.raises(error, match=f"^MoE: .*{text}"):
+        layer(x, padding_mask=mask, routing=routing)
+    assert bits_equal(before, vars(layer._stats))
+
+
+def test_unsupported_derivatives_raise():
+    layer, x = make(), unit(3, H, dtype=torch.float64)
+    for transform in (
+        lambda: torch.func.grad(lambda v: layer(v).sum())(x),
+        lambda: torch.func.jvp(layer, (x,), (x,)),
+        lambda: torch.vmap(layer)(x[None]),
+    ):
+        with pytest.raises(RuntimeError, match="torch.func"):
+            transform()
+    with torch.autograd.forward_ad.dual_level():
+        layer(x)  # nothing dual in it
+        with pytest.raises(RuntimeError, match="forward-mode AD"):
+            layer(torch.autograd.forward_ad.make_dual(x, x))
+
+
+@pytest.mark.skipif(not HAS_OPS, reason="the reference is differentiable twice")
+def test_double_backward_raises():
+    layer, x = make(), unit(3, H, dtype=torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.sum().backward()
+
+
+def test_nan_input_is_a_documented_result():
+    layer = make(dtype=torch.float32)
+    x = unit(4, H)
+    x[1] = float("nan")
+    y, routing = layer(x, return_routing=True)
+    assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all()
+    assert ((routing.experts >= 0) & (routing.experts < E)).all()

@@ -7,6 +7,7 @@
 #   make mutants  plants faults; each must be caught by the tests
 #   make bench    the layer's benchmarks      ARGS go to benchmarks/bench_layer.py
 #   make installed  builds a source archive, installs it elsewhere, runs its self-test
+#   make kernels  compiles the parts without torch alone, through CMake
 #   make clean    removes all of it
 #
 # A torch that PYTHON can import is used as it is; else TORCH is installed.
@@ -19,12 +20,12 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip -qq --disable-pip-version-check
-CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
 # xdist fills the cores with processes; a thread each is then the fastest.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: test demo lint format mutants bench installed build clean
+.PHONY: test demo lint format mutants bench installed kernels build clean
 
 test: build
 	$(RUN) -m pytest -n auto $(ARGS)
@@ -53,6 +54,11 @@ installed: $(VENV)/ready
 	$(RUN) setup.py --quiet sdist --dist-dir build/installed
 	$(PIP) install --no-build-isolation --no-deps --target build/installed/site build/installed/moe_ext-*.tar.gz
 	cd build/installed/site && ../../../$(RUN) -m moe_ext
+
+kernels:
+	mkdir -p build
+	cmake -S . -B build/cmake > build/cmake.log || { cat build/cmake.log; exit 1; }
+	cmake --build build/cmake --parallel
 
 build: $(VENV)/ready
 	@$(RUN) setup.py build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }

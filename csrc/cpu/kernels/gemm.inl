@@ -82,6 +82,10 @@ MOE_INLINE void sum_lanes(const V<float> (&v)[kOctet], float* out, bool accumula
 
 // ---- register tiles
 
+// What becomes of a tile: it replaces c, is added to c, or goes past the caches, for
+// memory that nobody reads soon.
+enum class Into { replace, add, memory };
+
 // Ahead is how many of the next eight rows of weights this tile prefetches.
 template <class T, int M, int Ahead>
 void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const T* w, int64_t ldw,
@@ -110,10 +114,11 @@ void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const 
 }
 
 template <class T, int M>
-void nn_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t am, int64_t ak, const T* b,
+void nn_tile(T* c, int64_t ldc, Into into, const T* a, int64_t am, int64_t ak, const T* b,
              int64_t k, Prefetch ahead) {
   constexpr int lanes = Simd<T>::lanes;
   V<T> sum[M][2];
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = V<T>{};
   for (int64_t i = 0; i < k; ++i) {
     __builtin_prefetch(ahead.at, 0, 2);
@@ -128,10 +133,20 @@ void nn_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t am, int64_t
     }
     a += ak;
   }
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
     T* row = c + m * ldc;
-    store(row, accumulate ? load(row) + sum[m][0] : sum[m][0]);
-    store(row + lanes, accumulate ? load(row + lanes) + sum[m][1] : sum[m][1]);
+    if (into == Into::add) {
+      sum[m][0] += load(row);
+      sum[m][1] += load(row + lanes);
+    }
+    if (into == Into::memory) {
+      stream(row, sum[m][0]);
+      stream(row + lanes, sum[m][1]);
+    } else {
+      store(row, sum[m][0]);
+      store(row + lanes, sum[m][1]);
+    }
   }
 }
 
@@ -147,12 +162,12 @@ inline void nt_rows(int m, T* c, int64_t ldc, bool accumulate, const T* a, int64
   nt_tile<T, M, Ahead>(c, ldc, accumulate, a, lda, w, ldw, k, ahead, ahead_step);
 }
 template <class T, int M>
-inline void nn_rows(int m, T* c, int64_t ldc, bool accumulate, const T* a, int64_t am, int64_t ak,
+inline void nn_rows(int m, T* c, int64_t ldc, Into into, const T* a, int64_t am, int64_t ak,
                     const T* b, int64_t k, Prefetch ahead) {
   if constexpr (M > 1) {
-    if (m < M) return nn_rows<T, M - 1>(m, c, ldc, accumulate, a, am, ak, b, k, ahead);
+    if (m < M) return nn_rows<T, M - 1>(m, c, ldc, into, a, am, ak, b, k, ahead);
   }
-  nn_tile<T, M>(c, ldc, accumulate, a, am, ak, b, k, ahead);
+  nn_tile<T, M>(c, ldc, into, a, am, ak, b, k, ahead);
 }
 
 // Tiles of nearly equal height: 13 rows go as 7 and 6, not as 12 and a slow 1.
@@ -239,8 +254,8 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
         const char* next =
             reinterpret_cast<const char*>(source + width * w.stride_n) + tile % 2 * 64;
         const Prefetch ahead = {next, int64_t(w.stride_k * sizeof(S))};
-        nn_rows<T, kTileNN>(int(height), column + row * ldc, ldc, k0 > 0, a + row * lda + k0, lda,
-                            1, scratch, depth, ahead);
+        nn_rows<T, kTileNN>(int(height), column + row * ldc, ldc, k0 > 0 ? Into::add : Into::replace,
+                            a + row * lda + k0, lda, 1, scratch, depth, ahead);
       });
     }
   }
@@ -294,6 +309,7 @@ void outer(void* out, Dtype dtype, int64_t stride, Rows p, int64_t m0, int64_t m
     const bool direct = one_chunk && rows > 0 && count == width && size_of(dtype) == sizeof(T);
     T* target = direct ? static_cast<T*>(out) + m0 * stride + n0 : sums;
     const int64_t ldt = direct ? stride : width;
+    const bool aligned = (reinterpret_cast<uintptr_t>(target) | uintptr_t(ldt * sizeof(T))) % MOE_VECTOR_BYTES == 0;
     if (rows == 0) std::fill(sums, sums + height * width, T(0));
     for (int64_t r0 = 0; r0 < rows; r0 += kRowChunk) {
       const int64_t depth = std::min(kRowChunk, rows - r0);
@@ -317,7 +333,8 @@ void outer(void* out, Dtype dtype, int64_t stride, Rows p, int64_t m0, int64_t m
         load_rows<T>(left, columns, depth, height);
       }
       for_even_tiles(height, kTileNN, [&](int64_t m, int64_t count_m, int64_t) {
-        nn_rows<T, kTileNN>(int(count_m), target + m * ldt, ldt, r0 > 0, left + m, 1,
+        const Into into = direct && aligned ? Into::memory : r0 > 0 ? Into::add : Into::replace;
+        nn_rows<T, kTileNN>(int(count_m), target + m * ldt, ldt, into, left + m, 1,
                             padded<T>(height), panel, depth,
                             {reinterpret_cast<const char*>(panel), 0});
       });

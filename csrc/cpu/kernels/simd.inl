@@ -52,6 +52,17 @@ template <class T>
 MOE_INLINE void store(T* p, V<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
 }
+// Without reading the line first, and without keeping it. p is aligned to the vector.
+template <class T>
+MOE_INLINE void stream(T* p, V<T> v) {
+#if MOE_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif MOE_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
 template <class T>
 MOE_INLINE V<T> splat(T s) {
   return s - V<T>{};

@@ -83,22 +83,23 @@ template <typename A>
 MOE_EXT_INLINE void weigh(const RouteRow<A>& row, const RouteOptions& o, const int32_t* experts,
                           A* weights) {
   const int64_t E = o.num_experts, K = o.top_k;
-  A total = 0;
+  double sum = 0;  // K may be large
   if (o.score_function == kSoftmaxTopk) {
     A max = -kInf<A>;
     for (int64_t j = 0; j < K; ++j)
       if (experts[j] < E && row.logits[experts[j]] > max) max = row.logits[experts[j]];
     for (int64_t j = 0; j < K; ++j) {
       weights[j] = experts[j] < E ? exp_nonpositive(row.logits[experts[j]] - max) : A(0);
-      total += weights[j];
+      sum += weights[j];
     }
   } else {
     for (int64_t j = 0; j < K; ++j) {
       weights[j] = experts[j] < E ? row.scores[experts[j]] : A(0);
-      total += weights[j];
+      sum += weights[j];
     }
-    total = o.norm_topk_prob ? total + A(1e-20) : A(1);
+    sum = o.norm_topk_prob ? sum + 1e-20 : 1;
   }
+  const A total = static_cast<A>(sum);
   for (int64_t j = 0; j < K; ++j) weights[j] = experts[j] < E ? weights[j] / total : A(0);
 }
 

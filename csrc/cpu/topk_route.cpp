@@ -199,13 +199,14 @@ struct RouteBlockBackward {
       }
       if (dweights) {
         weigh(row, o, expert, v.data());
-        A inner = 0, total = A(1e-20);
+        double dot = 0, sum = 1e-20;  // K may be large
         for (int64_t j = 0; j < K; ++j) {
           if (expert[j] >= E) continue;
           dchosen[j] = dweights[t * K + j] * scale;
-          inner += dchosen[j] * v[j];
-          total += scores[expert[j]];
+          dot += dchosen[j] * v[j];
+          sum += scores[expert[j]];
         }
+        const A inner = static_cast<A>(dot), total = static_cast<A>(sum);
         for (int64_t j = 0; j < K; ++j) {
           if (expert[j] >= E) continue;
           if (o.score_function == kSoftmaxTopk) {

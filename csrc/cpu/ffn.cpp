@@ -234,22 +234,31 @@ int64_t most_rows(const std::vector<RowBlock>& blocks) {
   return blocks.empty() ? 0 : blocks.front().end - blocks.front().begin;
 }
 
-// Columns in blocks of at most kColumnBlock, in `groups` groups of neighbouring blocks.
-struct ColumnGroups {
-  int64_t columns, blocks, groups;
+// Columns in blocks that leave a block of c in a core's cache, wider for fewer rows:
+// a matrix is read along its rows, and long reads are what memory likes. `groups` groups
+// of neighbouring blocks are the items, enough of them for all threads.
+constexpr int64_t kNoSplit = int64_t(1) << 40;  // as the number of items: there are enough
+struct ColumnBlocks {
+  int64_t columns, unit, units, blocks, groups;
 
-  ColumnGroups(int64_t columns, int64_t items)
-      : columns(columns), blocks((columns + kColumnBlock - 1) / kColumnBlock) {
-    const int64_t wanted = 4 * at::get_num_threads();
-    groups = std::clamp<int64_t>((wanted + items - 1) / std::max<int64_t>(items, 1), 1,
-                                 std::max<int64_t>(blocks, 1));
+  // A block begins at a multiple of `unit`.
+  ColumnBlocks(int64_t columns, int64_t rows, int64_t unit, int64_t items)
+      : columns(columns), unit(unit), units((columns + unit - 1) / unit) {
+    const int64_t most =
+        std::clamp<int64_t>((1 << 16) / std::max<int64_t>(rows, 1), 256, kMatmulColumns) / unit;
+    const int64_t wanted = (4 * at::get_num_threads() + items - 1) / std::max<int64_t>(items, 1);
+    groups = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(units, 1));
+    blocks = std::max((units + most - 1) / most, groups);
   }
+  int64_t begin(int64_t b) const { return std::min(columns, units * b / blocks * unit); }
+
   template <class Body>
   void for_blocks(int64_t group, Body body) const {
     for (int64_t b = blocks * group / groups; b < blocks * (group + 1) / groups; ++b) {
-      body(columns * b / blocks, columns * (b + 1) / blocks);
+      body(begin(b), begin(b + 1));
     }
   }
+  int64_t widest() const { return std::min(columns, (units + blocks - 1) / blocks * unit); }
 };
 
 Weight weight_of(const Experts& call, const at::Tensor& weight, int64_t expert, int64_t out_begin,
@@ -308,15 +317,14 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
   const bool gated = call.spec.gated;
   const std::vector<RowBlock> blocks = row_blocks<T>(call);
   const int64_t height = most_rows(blocks);
-  const int64_t block_cols = padded<T>(kColumnBlock);
   const int64_t lda = padded<T>(intermediate);
   const at::Tensor activations = on_huge_pages(workspace<T>(call.kept * lda));
   const at::Tensor up_bias = in_compute_type<T>(call.up_bias);
   const at::Tensor down_bias = in_compute_type<T>(call.down_bias);
   const int32_t* row_token = call.row_token.const_data_ptr<int32_t>();
 
-  const ColumnGroups up(intermediate, blocks.size());
-  const int64_t x_size = height * padded<T>(hidden), c_size = height * block_cols;
+  const ColumnBlocks up(intermediate, height, 64, blocks.size());
+  const int64_t x_size = height * padded<T>(hidden), c_size = height * padded<T>(up.widest());
   for_items<T>(
       blocks.size() * up.groups, call.kept * call.width * hidden,
       x_size + 2 * c_size + k.matmul_scratch(hidden), [&](T* scratch, int64_t item) {
@@ -342,13 +350,14 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
         });
       });
 
-  const ColumnGroups down(hidden, blocks.size());
+  const ColumnBlocks down(hidden, height, 64, blocks.size());
+  const int64_t y_size = height * padded<T>(down.widest());
   for_items<T>(
       blocks.size() * down.groups, call.kept * intermediate * hidden,
-      c_size + k.matmul_scratch(intermediate), [&](T* scratch, int64_t item) {
+      y_size + k.matmul_scratch(intermediate), [&](T* scratch, int64_t item) {
         const auto [e, begin, end] = blocks[item / down.groups];
         const int64_t m = end - begin;
-        T *c = scratch, *rest = c + c_size;
+        T *c = scratch, *rest = c + y_size;
         const Weight w = weight_of(call, call.down_proj, e, 0, 1, false);
         down.for_blocks(item % down.groups, [&](int64_t h0, int64_t h1) {
           const int64_t ldc = padded<T>(h1 - h0);
@@ -422,7 +431,11 @@ FfnGradients ffn_backward(const Experts& call, Rows upstream, const T* weight, T
   const at::Tensor wa = on_huge_pages(workspace<T>(call.kept * ld_wa));
   const at::Tensor dx_rows = want_x ? on_huge_pages(workspace<T>(call.kept * ld_dx)) : at::Tensor();
   const at::Tensor down_bias = in_compute_type<T>(call.down_bias);
-  const int64_t dy_size = height * padded<T>(hidden), c_size = height * padded<T>(kColumnBlock);
+  // One group each: an item has all columns of its rows, so the sums over them stay with it.
+  const ColumnBlocks up(intermediate, height, kActivateColumns, kNoSplit),
+      down(hidden, height, 64, kNoSplit);
+  const int64_t dy_size = height * padded<T>(hidden);
+  const int64_t c_size = height * padded<T>(std::max(up.widest(), down.widest()));
   const int64_t matmul_scratch = std::max(k.matmul_scratch(hidden), k.matmul_scratch(width));
 
   const bool want_rows = want_x || want_up || want_down || want_up_bias || score;
@@ -445,17 +458,18 @@ FfnGradients ffn_backward(const Experts& call, Rows upstream, const T* weight, T
                  const char* h = static_cast<const char*>(preactivations.const_data_ptr()) +
                                  begin * width * size_of(call.dtype);
                  T *my_dh = data<T>(dh) + begin * ld_dh, *my_wa = data<T>(wa) + begin * ld_wa;
-                 const ColumnGroups up(intermediate, at::get_num_threads() * 4);
                  up.for_blocks(0, [&](int64_t i0, int64_t i1) {
                    k.matmul(c, dy, padded<T>(hidden), m, w_down, hidden, i0, i1, rest);
-                   k.activate_backward(my_dh, ld_dh, my_wa, ld_wa, score ? score + begin : nullptr,
-                                       c, padded<T>(i1 - i0), h, call.dtype, width,
-                                       weight ? weight + begin : nullptr, m, i0, i1, intermediate,
-                                       call.spec);
+                   for (int64_t s0 = i0; s0 < i1; s0 += kActivateColumns) {
+                     k.activate_backward(
+                         my_dh, ld_dh, my_wa, ld_wa, score ? score + begin : nullptr, c + (s0 - i0),
+                         padded<T>(i1 - i0), h, call.dtype, width,
+                         weight ? weight + begin : nullptr, m, s0,
+                         std::min(s0 + kActivateColumns, i1), intermediate, call.spec);
+                   }
                  });
                  if (!want_x) return;
                  const Weight w_up = weight_of(call, call.up_proj, e, 0, 1, true);
-                 const ColumnGroups down(hidden, at::get_num_threads() * 4);
                  down.for_blocks(0, [&](int64_t h0, int64_t h1) {
                    k.matmul(c, my_dh, ld_dh, m, w_up, width, h0, h1, rest);
                    k.store_rows(data<T>(dx_rows) + begin * ld_dx + h0, compute, ld_dx, c,

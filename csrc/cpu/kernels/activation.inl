@@ -125,9 +125,10 @@ void activate_backward(T* dh, int64_t ld_dh, T* wa, int64_t ld_wa, T* score, con
   const int64_t count = i1 - i0, width = spec.gated ? 2 * intermediate : intermediate;
   const Columns at = columns_of(spec, i0, intermediate);
   const V<T> limit = splat(T(spec.limit)), zero = {};
-  // Blocks of columns are at most kColumnBlock wide; a vector may hang over their end.
-  T g[kColumnBlock + lanes] = {}, u[kColumnBlock + lanes] = {}, d[kColumnBlock + lanes] = {};
-  T dg[kColumnBlock + lanes], du[kColumnBlock + lanes], scaled[kColumnBlock + lanes];
+  // A vector may hang over the block's end.
+  T g[kActivateColumns + lanes] = {}, u[kActivateColumns + lanes] = {},
+                         d[kActivateColumns + lanes] = {};
+  T dg[kActivateColumns + lanes], du[kActivateColumns + lanes], scaled[kActivateColumns + lanes];
   for (int64_t r = 0; r < m; ++r) {
     with_storage<T>(dtype, [&](auto stored) {
       const auto* row = static_cast<const decltype(stored)*>(h) + r * stride;

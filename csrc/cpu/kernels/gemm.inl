@@ -12,7 +12,7 @@
 // that read would otherwise cost as much as the arithmetic.
 
 constexpr int64_t kDepthChunkNT = 1024;  // of k; 1024 / lanes terms a lane
-constexpr int64_t kDepthChunkNN = 256;
+constexpr int64_t kDepthChunkNN = 128;
 constexpr int kOctet = 8;
 
 // Weights that come next: `rows` rows, `stride` bytes apart, each read along its length.
@@ -231,31 +231,39 @@ void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
 template <class T, class S>
 void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0,
                int64_t n1, T* scratch) {
-  constexpr int64_t width = 2 * Simd<T>::lanes;
-  const int64_t ldc = padded<T>(n1 - n0);
+  constexpr int64_t width = 2 * Simd<T>::lanes, line = kPadBytes / sizeof(S);
+  const int64_t ldc = padded<T>(n1 - n0), lines = (n1 - n0 + line - 1) / line;
   for (int64_t k0 = 0; k0 < k; k0 += kDepthChunkNN) {
     const int64_t depth = std::min(kDepthChunkNN, k - k0);
-    for (int64_t n = n0; n < n1; n += width) {
-      const int64_t count = std::min(width, n1 - n);
-      const S* source = static_cast<const S*>(w.data) + n * w.stride_n + k0 * w.stride_k;
-      for (int64_t i = 0; i < depth; ++i) {
-        T* row = scratch + i * width;
-        const S* from = source + i * w.stride_k;
+    const S* source = static_cast<const S*>(w.data) + n0 * w.stride_n + k0 * w.stride_k;
+    // All panels of these rows at once: W is read along its rows, as memory likes it.
+    for (int64_t i = 0; i < depth; ++i) {
+      for (int64_t n = n0; n < n1; n += width) {
+        const int64_t count = std::min(width, n1 - n);
+        const S* from = source + i * w.stride_k + (n - n0) * w.stride_n;
+        T* row = scratch + (n - n0) * depth + i * width;
         if (count == width && w.stride_n == 1) {
           convert_in(row, from, width);
         } else {
-          for (int64_t j = 0; j < width; ++j)
+          for (int64_t j = 0; j < width; ++j) {
             row[j] = j < count ? T(to_compute(from[j * w.stride_n])) : T(0);
+          }
         }
       }
+    }
+    // The tiles share out the lines of the rows that come next: the next chunk's, or the
+    // first chunk's of the next columns.
+    const S* next = k0 + depth < k ? source + depth * w.stride_k
+                                   : static_cast<const S*>(w.data) + n1 * w.stride_n;
+    int64_t turn = 0;
+    for (int64_t n = n0; n < n1; n += width) {
       T* column = c + (n - n0);
-      for_even_tiles(m, kTileNN, [&](int64_t row, int64_t height, int64_t tile) {
-        // The next panel: a line a row of W from the first tile, the other line from the second.
-        const char* next =
-            reinterpret_cast<const char*>(source + width * w.stride_n) + tile % 2 * 64;
-        const Prefetch ahead = {next, int64_t(w.stride_k * sizeof(S))};
-        nn_rows<T, kTileNN>(int(height), column + row * ldc, ldc, k0 > 0 ? Into::add : Into::replace,
-                            a + row * lda + k0, lda, 1, scratch, depth, ahead);
+      for_even_tiles(m, kTileNN, [&](int64_t row, int64_t height, int64_t) {
+        const Prefetch ahead = {reinterpret_cast<const char*>(next) + turn++ % lines * kPadBytes,
+                                int64_t(w.stride_k * sizeof(S))};
+        nn_rows<T, kTileNN>(int(height), column + row * ldc, ldc,
+                            k0 > 0 ? Into::add : Into::replace, a + row * lda + k0, lda, 1,
+                            scratch + (n - n0) * depth, depth, ahead);
       });
     }
   }
@@ -281,7 +289,7 @@ void matmul(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64
 template <class T>
 int64_t matmul_scratch(int64_t k) {
   const int64_t nt = kOctet * padded<T>(std::min(k, kDepthChunkNT));
-  const int64_t nn = 2 * Simd<T>::lanes * std::min(k, kDepthChunkNN);
+  const int64_t nn = kMatmulColumns * std::min(k, kDepthChunkNN);
   return std::max(nt, nn);
 }
 
@@ -309,7 +317,8 @@ void outer(void* out, Dtype dtype, int64_t stride, Rows p, int64_t m0, int64_t m
     const bool direct = one_chunk && rows > 0 && count == width && size_of(dtype) == sizeof(T);
     T* target = direct ? static_cast<T*>(out) + m0 * stride + n0 : sums;
     const int64_t ldt = direct ? stride : width;
-    const bool aligned = (reinterpret_cast<uintptr_t>(target) | uintptr_t(ldt * sizeof(T))) % MOE_VECTOR_BYTES == 0;
+    const bool aligned =
+        (reinterpret_cast<uintptr_t>(target) | uintptr_t(ldt * sizeof(T))) % MOE_VECTOR_BYTES == 0;
     if (rows == 0) std::fill(sums, sums + height * width, T(0));
     for (int64_t r0 = 0; r0 < rows; r0 += kRowChunk) {
       const int64_t depth = std::min(kRowChunk, rows - r0);
@@ -344,4 +353,5 @@ void outer(void* out, Dtype dtype, int64_t stride, Rows p, int64_t m0, int64_t m
       store_rows<T>(corner, dtype, stride, sums, width, height, count);
     }
   }
+  fence();
 }

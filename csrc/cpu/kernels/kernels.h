@@ -61,8 +61,8 @@ constexpr int64_t padded(int64_t cols) {
 
 // Sums over tokens (weight and bias gradients) go in chunks of this many rows.
 constexpr int64_t kRowChunk = 256;
-// Columns that one call of matmul covers at most.
-constexpr int64_t kColumnBlock = 256;
+// Columns that one call of matmul covers at most, and one of activate_backward.
+constexpr int64_t kMatmulColumns = 1024, kActivateColumns = 256;
 
 template <class T>
 struct Kernels {
@@ -74,7 +74,7 @@ struct Kernels {
   void (*store_rows)(void* dst, Dtype dtype, int64_t stride, const T* src, int64_t ld, int64_t rows,
                      int64_t cols);
 
-  // c (m, padded<T>(n1-n0)) = a (m, lda) W(n0..n1, 0..k)^T; n1 - n0 <= kColumnBlock.
+  // c (m, padded<T>(n1-n0)) = a (m, lda) W(n0..n1, 0..k)^T; n1 - n0 <= kMatmulColumns.
   // `scratch` holds matmul_scratch(k) elements.
   void (*matmul)(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0,
                  int64_t n1, T* scratch);
@@ -95,7 +95,8 @@ struct Kernels {
 
   // For rows 0..m, columns i0..i1: from da = dL/d(activation) before the routing weight,
   // and the preactivations h (dtype, stride): dh = dL/dh (with the weight), wa = weight *
-  // activation, score[r] += sum of da * activation. weight and score may be null.
+  // activation, score[r] += sum of da * activation. weight and score may be null;
+  // i1 - i0 <= kActivateColumns.
   void (*activate_backward)(T* dh, int64_t ld_dh, T* wa, int64_t ld_wa, T* score, const T* da,
                             int64_t ld_da, const void* h, Dtype dtype, int64_t stride,
                             const T* weight, int64_t m, int64_t i0, int64_t i1,

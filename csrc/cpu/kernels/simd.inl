@@ -63,6 +63,12 @@ MOE_INLINE void stream(T* p, V<T> v) {
   store(p, v);
 #endif
 }
+// Streamed stores are seen by other threads after this.
+MOE_INLINE void fence() {
+#if MOE_VECTOR_BYTES > 16
+  _mm_sfence();
+#endif
+}
 template <class T>
 MOE_INLINE V<T> splat(T s) {
   return s - V<T>{};

@@ -18,11 +18,8 @@
 #include <limits>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "checks.h"
+#include "cpu/memory.h"
 
 namespace moe_ext::cpu {
 
@@ -148,7 +145,7 @@ at::Tensor check_preactivations(const char* op, const Experts& experts, const at
 
 at::Tensor preactivations_of(const Experts& experts, bool keep) {
   if (!keep) return at::empty({0}, experts.x.options());
-  at::Tensor kept = at::empty({experts.rows, experts.width}, experts.x.options());
+  at::Tensor kept = empty_large({experts.rows, experts.width}, experts.x.options());
   kept.narrow(0, experts.kept, experts.rows - experts.kept).zero_();
   return kept;
 }
@@ -157,24 +154,12 @@ at::Tensor preactivations_of(const Experts& experts, bool keep) {
 
 template <class T>
 at::Tensor workspace(int64_t elements) {
-  return at::empty({elements}, at::TensorOptions(sizeof(T) == 8 ? at::kDouble : at::kFloat));
+  return empty_large({elements}, at::TensorOptions(sizeof(T) == 8 ? at::kDouble : at::kFloat));
 }
 template at::Tensor workspace<float>(int64_t);
 template at::Tensor workspace<double>(int64_t);
 
 namespace {
-
-// Large fresh memory costs a page fault every 4 KiB; huge pages make that every 2 MiB.
-at::Tensor on_huge_pages(at::Tensor tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t huge = uintptr_t(2) << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t first = (begin + huge - 1) / huge * huge,
-                  last = (begin + tensor.nbytes()) / huge * huge;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return tensor;
-}
 
 template <class T>
 T* data(const at::Tensor& tensor) {
@@ -318,7 +303,7 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
   const std::vector<RowBlock> blocks = row_blocks<T>(call);
   const int64_t height = most_rows(blocks);
   const int64_t lda = padded<T>(intermediate);
-  const at::Tensor activations = on_huge_pages(workspace<T>(call.kept * lda));
+  const at::Tensor activations = workspace<T>(call.kept * lda);
   const at::Tensor up_bias = in_compute_type<T>(call.up_bias);
   const at::Tensor down_bias = in_compute_type<T>(call.down_bias);
   const int32_t* row_token = call.row_token.const_data_ptr<int32_t>();
@@ -427,9 +412,9 @@ FfnGradients ffn_backward(const Experts& call, Rows upstream, const T* weight, T
                 ld_dx = padded<T>(hidden);
 
   // dL/dh and weight * activation of every row, and, to be summed per token, dL/dx.
-  const at::Tensor dh = on_huge_pages(workspace<T>(call.kept * ld_dh));
-  const at::Tensor wa = on_huge_pages(workspace<T>(call.kept * ld_wa));
-  const at::Tensor dx_rows = want_x ? on_huge_pages(workspace<T>(call.kept * ld_dx)) : at::Tensor();
+  const at::Tensor dh = workspace<T>(call.kept * ld_dh);
+  const at::Tensor wa = workspace<T>(call.kept * ld_wa);
+  const at::Tensor dx_rows = want_x ? workspace<T>(call.kept * ld_dx) : at::Tensor();
   const at::Tensor down_bias = in_compute_type<T>(call.down_bias);
   // One group each: an item has all columns of its rows, so the sums over them stay with it.
   const ColumnBlocks up(intermediate, height, kActivateColumns, kNoSplit),
@@ -484,12 +469,12 @@ FfnGradients ffn_backward(const Experts& call, Rows upstream, const T* weight, T
   const Rows dh_rows{data<T>(dh), compute, ld_dh, nullptr},
       wa_rows{data<T>(wa), compute, ld_wa, nullptr};
   if (want_up) {
-    gradients.up_proj = on_huge_pages(at::empty(call.up_proj.sizes(), call.x.options()));
+    gradients.up_proj = empty_large(call.up_proj.sizes(), call.x.options());
     weight_gradient<T>(call, gradients.up_proj, call.transposed ? x : dh_rows,
                        call.transposed ? dh_rows : x);
   }
   if (want_down) {
-    gradients.down_proj = on_huge_pages(at::empty(call.down_proj.sizes(), call.x.options()));
+    gradients.down_proj = empty_large(call.down_proj.sizes(), call.x.options());
     weight_gradient<T>(call, gradients.down_proj, call.transposed ? wa_rows : upstream,
                        call.transposed ? upstream : wa_rows);
   }

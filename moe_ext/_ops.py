@@ -25,7 +25,7 @@ def _masked(mask, *shaped_like):
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format)
         if wanted and t is not None
-        else reference.new_empty(0)
+        else (reference if t is None else t).new_empty(0)
         for wanted, t in zip(mask, shaped_like)
     )
 

@@ -5,7 +5,7 @@
 // other token, on no tile and on no thread:
 //   forward   over H in slabs of 1024: sixteen lanes add h = i, i + 16, ..., the lanes
 //             are added as a tree, then slab after slab, so no lane adds more than 64;
-//   backward  over E (dx) or T (dW, db) in slabs of 256, in ascending order.
+//   backward  over E (dx) or T (dW) in slabs of 256, in ascending order.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -293,17 +293,13 @@ void product(const A* a, int64_t a_row, int64_t a_depth, const Matrix& b, at::Te
   });
 }
 
-// out (E) = the sum of a (T, E) over T.
+// out (E) = the sum of a (T, E) over T, added up in float64.
 template <typename A>
 void sum_rows(const A* a, int64_t T, int64_t E, A* out) {
-  std::fill_n(out, E, A(0));
-  std::vector<A> block(E);
-  for (int64_t begin = 0; begin < T; begin += kDepth) {
-    std::fill(block.begin(), block.end(), A(0));
-    for (int64_t t = begin; t < std::min(T, begin + kDepth); ++t)
-      for (int64_t e = 0; e < E; ++e) block[e] += a[t * E + e];
-    for (int64_t e = 0; e < E; ++e) out[e] += block[e];
-  }
+  std::vector<double> sum(E, 0.0);
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t e = 0; e < E; ++e) sum[e] += a[t * E + e];
+  for (int64_t e = 0; e < E; ++e) out[e] = static_cast<A>(sum[e]);
 }
 
 at::ScalarType check(const char* op, const at::Tensor& x, const at::Tensor& weight) {

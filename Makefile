@@ -58,7 +58,7 @@ installed: $(VENV)/ready
 kernels:
 	mkdir -p build
 	cmake -S . -B build/cmake > build/cmake.log || { cat build/cmake.log; exit 1; }
-	cmake --build build/cmake --parallel
+	cmake --build build/cmake --parallel $(MAX_JOBS)
 
 build: $(VENV)/ready
 	@$(RUN) setup.py build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
@@ -70,7 +70,7 @@ $(VENV)/torch:
 	@$(RUN) -c 'import torch' 2> /dev/null || $(PIP) install $(TORCH)
 	@touch $@
 
-$(VENV)/ready: $(VENV)/torch pyproject.toml setup.py
+$(VENV)/ready: $(VENV)/torch pyproject.toml
 	@echo "installing the tools and compiling the library (later only what changed) ..."
 	@$(PIP) install 'setuptools>=77' ninja
 	@$(PIP) install --no-build-isolation --editable '.[test,demo,lint]'

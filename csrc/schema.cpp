@@ -12,6 +12,8 @@
 
 #include <torch/library.h>
 
+// clang-format off: the strings are broken where they read best.
+
 // The experts' layout and activation: every op that runs experts takes these.
 #define FFN_OPTIONS                                                       \
   "str activation=\"swiglu\", float? limit=None, float alpha=1.0, "       \

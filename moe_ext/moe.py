@@ -376,7 +376,7 @@ class MoE(nn.Module):
         if return_routing or self.z_loss_coef > 0:
             z_loss = losses.mean_square(logsumexp, tokens)
         if inject:
-            if not (self._loss_scale_is_set or torch.compiler.is_compiling()):
+            if not (torch.compiler.is_compiling() or self._loss_scale_is_set):
                 losses.warn_of_float16(x)
             terms = ((self.aux_loss_coef, aux_loss), (self.z_loss_coef, z_loss))
             total = sum(coef * loss for coef, loss in terms if coef > 0)

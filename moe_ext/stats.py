@@ -19,6 +19,15 @@ ops = torch.ops.moe_ext
 TOKENS, ASSIGNMENTS, DROPPED, LOST_TOKENS, ENTROPY, MAX_LOGIT, FORWARDS = range(7)
 
 
+def _static(tensor):
+    """The tensor, such that torch.compile takes its size as a constant.
+
+    It does so for parameters; a plain tensor of E elements it would tie to the number
+    of tokens when the two happen to be equal, and compile again at the next size.
+    """
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
 class RoutingStats:
     """counts, step_counts (E) int64; score_sums (E), totals (7) float64.
 
@@ -27,10 +36,13 @@ class RoutingStats:
     """
 
     def __init__(self, num_experts, with_step_counts, device=None):
-        self.counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self.score_sums = torch.zeros(num_experts, dtype=torch.float64, device=device)
-        self.totals = torch.zeros(7, dtype=torch.float64, device=device)
-        self.step_counts = torch.zeros_like(self.counts) if with_step_counts else None
+        def zeros(size, dtype):
+            return _static(torch.zeros(size, dtype=dtype, device=device))
+
+        self.counts = zeros(num_experts, torch.int64)
+        self.score_sums = zeros(num_experts, torch.float64)
+        self.totals = zeros(7, torch.float64)
+        self.step_counts = zeros(num_experts, torch.int64) if with_step_counts else None
 
     def tensors(self):
         return [t for t in vars(self).values() if t is not None]
@@ -46,7 +58,7 @@ class RoutingStats:
                 moved = (
                     torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
                 )
-                setattr(self, name, moved)
+                setattr(self, name, _static(moved))
 
     def accumulate(self, logits, route, assignment_row, padding_mask, score_function, training):
         add = reference.accumulate_stats if BACKEND == "reference" else ops.accumulate_stats

@@ -85,13 +85,14 @@ def save(path, results, settings):
 
 
 def load(path, settings):
-    """The runs that an interrupted command with the same settings left behind."""
+    """The finished runs that an interrupted command with the same settings left behind."""
     if not path.exists():
         return []
     content = json.loads(path.read_text())
     if content["settings"] != settings:
         raise ValueError(f"--resume: {path} has runs with other settings; choose another --out")
-    return [Result(**r) for r in content["results"]]
+    results = [Result(**r) for r in content["results"]]
+    return [r for r in results if r.validation_loss[-1][0] == settings["steps"]]
 
 
 def _rounded(value):

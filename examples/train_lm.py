@@ -73,8 +73,11 @@ def build_model(variant, args):
     return Transformer(args.width, args.layers, args.heads, args.context, make_ffn)
 
 
-def train(name, seed, corpus, args):
-    """One run: the model and its Result. The seed fixes weights, batches and losses."""
+def train(name, seed, corpus, args, keep):
+    """One run: the model and its Result. The seed fixes weights, batches and losses.
+
+    `keep(result)` is called after every validation, so that a cut loses little.
+    """
     variant = VARIANTS[name]
     torch.manual_seed(seed)
     model = build_model(variant, args)
@@ -117,6 +120,8 @@ def train(name, seed, corpus, args):
         tokens = step * args.batch_size * args.context
         result.tokens_per_second = tokens / seconds
         result.tokens_per_cpu_second = tokens / cpu_seconds
+        if result.validation_loss and result.validation_loss[-1][0] == step:
+            keep(result)
         bar.set_postfix_str(describe(result), refresh=False)
         bar.update()
     bar.close()
@@ -232,11 +237,12 @@ def check(p, args):
 def main(argv=None):
     args = parse(argv)
     out = Path(args.out)
+    path = out / "results.json"
     try:
         corpus = load_corpus(args.data, args.context)
         settings = {k: getattr(args, k.replace("-", "_")) for k in [*SIZES, "lr"]}
         settings |= {"data": corpus.description, "data_digest": corpus.digest}
-        results = load(out / "results.json", settings) if args.resume else []
+        results = load(path, settings) if args.resume else []
         out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         sys.exit(f"train_lm.py: {error}")
@@ -248,12 +254,14 @@ def main(argv=None):
         for name in args.runs:
             if (name, seed) in done:
                 continue
-            model, result = train(name, seed, corpus, args)
+            model, result = train(
+                name, seed, corpus, args, lambda r: save(path, [*results, r], settings)
+            )
             sample = model.generate(b"def ", args.sample_bytes)
             result.sample = readable(sample)
             results.append(result)
             results.sort(key=lambda r: (list(VARIANTS).index(r.variant), r.seed))
-            save(out / "results.json", results, settings)
+            save(path, results, settings)
 
     print("\n" + table(results))
     if verdict(results):
@@ -262,8 +270,8 @@ def main(argv=None):
         if r.variant in ("dense", "moe") and r.seed == args.seed and args.sample_bytes:
             print(f"\n---- what the {r.label} model writes " + "-" * 40 + f"\n{r.sample}")
     print()
-    for path in [out / "results.json", *plots.draw(results, out)]:
-        print(f"wrote {path}")
+    for file in [path, *plots.draw(results, out)]:
+        print(f"wrote {file}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from oracle import (
     ACTIVATIONS,
     DTYPES,
     ROUTINGS,
-    assert_matches,
+    Draws,
     assert_same_bits,
     assert_within_bound,
     bits_equal,
@@ -36,7 +36,8 @@ LAYOUTS = (
     dict(interleaved=True),
     dict(transposed=True, interleaved=True),
 )
-CLAMPED = dict(limit=0.7, alpha=1.702, up_offset=1.0)
+# A limit that every dtype holds: rounding does not carry a preactivation across it.
+CLAMPED = dict(limit=0.75, alpha=1.702, up_offset=1.0)
 
 
 class FFNStage:
@@ -65,26 +66,30 @@ class FFNStage:
         return inputs | draw_ffn(H, I, E, dtype, gated=gated, **ffn)
 
     def check(
-        self,
-        T,
-        H,
-        I,
-        E,
-        K,
-        dtype=torch.float32,
-        routing="distinct",
-        capacity=None,
-        bias=True,
-        **options,
-    ):
-        plan = draw_plan(T, E, K, routing, capacity)
-        inputs = self.inputs(T, H, I, E, K, dtype, bias=bias, **options)
-        return self.check_inputs(inputs, plan, **options)
+        self, T, H, I, E, K, dtype=torch.float32, routing="distinct", capacity=None,
+        weights_dtype=torch.float32, bias=True, **options,
+    ):  # fmt: skip
+        """Draws experts and inputs and holds every output and gradient to the bound."""
+        draws = Draws()
+        for _ in range(16):
+            plan = draw_plan(T, E, K, routing, capacity)
+            inputs = self.inputs(T, H, I, E, K, dtype, weights_dtype, bias=bias, **options)
+            result = self.add(draws, inputs, plan, **options)
+            if draws.is_telling():
+                break
+        draws.assert_within_bound(dtype)
+        return result
 
     def check_inputs(self, inputs, plan, **options):
-        return assert_matches(
-            self.bind(functional, plan, **options), self.bind(reference, plan, **options), inputs
-        )
+        draws = Draws()
+        result = self.add(draws, inputs, plan, **options)
+        # float32 weights of a bfloat16 layer have a gradient made of bfloat16 numbers.
+        draws.assert_within_bound(inputs["x"].dtype)
+        return result
+
+    def add(self, draws, inputs, plan, **options):
+        function, oracle = (self.bind(m, plan, **options) for m in (functional, reference))
+        return draws.add(function, oracle, inputs)
 
 
 class FFNNumbers(FFNStage):
@@ -104,7 +109,7 @@ class FFNNumbers(FFNStage):
 
     @pytest.mark.parametrize("activation", ("geglu", "geglu_tanh", "reglu"))
     def test_clamp_of_the_other_gates(self, activation):
-        options = dict(activation=activation, limit=0.7, up_offset=1.0, interleaved=True)
+        options = dict(activation=activation, limit=0.75, up_offset=1.0, interleaved=True)
         self.check(20, 17, 24, 4, 2, torch.bfloat16, **options)
 
     @pytest.mark.parametrize("transposed", (False, True))
@@ -165,7 +170,13 @@ class FFNNumbers(FFNStage):
         elif clamp:
             layout = layout | dict(limit=0.5, up_offset=1.0)
         self.check(
-            *shape[:5], dtype, shape.routing, shape.capacity, bias, activation=activation, **layout
+            *shape[:5],
+            dtype,
+            shape.routing,
+            shape.capacity,
+            bias=bias,
+            activation=activation,
+            **layout,
         )
 
     @pytest.mark.parametrize("dtype", DTYPES)

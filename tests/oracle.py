@@ -153,22 +153,53 @@ def bits_equal(a, b):
     return a == b
 
 
-def assert_matches(function, reference_function, inputs, frozen=()):
+class Draws:
+    """A function's results beside the baseline's and the oracle's, over one or several draws.
+
+    An error measured on few numbers is luck: one that nearly cancels makes its relative
+    error as large as it likes. So tests of small sizes pool draws until `is_telling`.
+    """
+
+    def __init__(self):
+        self.results = {}  # name: three lists of flat tensors
+
+    def add(self, function, reference_function, inputs, frozen=()):
+        """Runs one draw forward and backward; returns its results, named as by `evaluate`."""
+        cotangents = {}
+        actual = evaluate(function, inputs, frozen, cotangents)
+        baseline = evaluate(reference_function, inputs, frozen, cotangents)
+        oracle = evaluate(reference_function, in_float64(inputs), frozen, cotangents)
+        assert actual.keys() == oracle.keys()
+        for name, result in actual.items():
+            expected = oracle[name]
+            assert result.shape == expected.shape, f"{name}: {result.shape}, not {expected.shape}"
+            if result.dtype.is_floating_point:
+                pooled = self.results.setdefault(name, ([], [], []))
+                for pool, tensor in zip(pooled, (result, expected, baseline[name])):
+                    pool.append(tensor.flatten())
+            else:
+                assert result.dtype == expected.dtype and torch.equal(result, expected), name
+        return actual
+
+    def is_telling(self):
+        """Whether every result has at least 64 elements by now (or none: it is empty)."""
+        sizes = [sum(map(len, actual)) for actual, _, _ in self.results.values()]
+        return all(size == 0 or size >= 64 for size in sizes)
+
+    def assert_within_bound(self, dtype=None):
+        for name, pooled in self.results.items():
+            assert_within_bound(name, *map(torch.cat, pooled), dtype)
+
+
+def assert_matches(function, reference_function, inputs, frozen=(), dtype=None):
     """Holds every output and gradient of function(**inputs) to the bound, integers to equality.
 
-    Options go into `inputs` as they are or into a closure. Returns the results,
-    named as by `evaluate`.
+    Options go into `inputs` as they are or into a closure. `dtype`: whose eps counts
+    (default: of each result). Returns the results, named as by `evaluate`.
     """
-    cotangents = {}
-    actual = evaluate(function, inputs, frozen, cotangents)
-    baseline = evaluate(reference_function, inputs, frozen, cotangents)
-    oracle = evaluate(reference_function, in_float64(inputs), frozen, cotangents)
-    assert actual.keys() == oracle.keys()
-    for name, result in actual.items():
-        if result.dtype.is_floating_point:
-            assert_within_bound(name, result, oracle[name], baseline[name])
-        else:
-            assert result.dtype == oracle[name].dtype and torch.equal(result, oracle[name]), name
+    draws = Draws()
+    actual = draws.add(function, reference_function, inputs, frozen)
+    draws.assert_within_bound(dtype)
     return actual
 
 

@@ -34,7 +34,7 @@ class TestNumbers(FFNNumbers):
         apart = evaluate(two_stages, inputs, cotangents=cotangents)
         oracle = evaluate(self.bind(reference, plan), in_float64(inputs), cotangents=cotangents)
         for name in fused:
-            assert_within_bound(name, fused[name], oracle[name], apart[name])
+            assert_within_bound(name, fused[name], oracle[name], apart[name], dtype)
 
     @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
     @pytest.mark.parametrize("tokens", (2, 50))

@@ -33,21 +33,32 @@ constexpr int64_t kColumns = 2 * kLanes;
 
 // Sixteen numbers: one AVX-512 register of float32, several registers elsewhere.
 template <typename A>
-using Lanes __attribute__((vector_size(kLanes * sizeof(A)))) = A;
+struct LanesOf {
+  typedef A type __attribute__((vector_size(kLanes * sizeof(A))));
+};
+template <typename A>
+using Lanes = typename LanesOf<A>::type;
 
 template <typename A>
 MOE_EXT_INLINE void load(Lanes<A>& v, const A* p) {
   std::memcpy(&v, p, sizeof(v));
 }
 
-// Adds the lanes as a tree.
-template <typename A>
-MOE_EXT_INLINE A sum_of(const Lanes<A>& v) {
-  A part[kLanes];
-  std::memcpy(part, &v, sizeof(v));
-  for (int64_t n = kLanes / 2; n > 0; n /= 2)
-    for (int64_t i = 0; i < n; ++i) part[i] += part[i + n];
-  return part[0];
+// The sum of N lanes, as a tree of halves.
+template <typename A, int N>
+MOE_EXT_INLINE A sum_of(const A* lanes) {
+  if constexpr (N == 2) {
+    return lanes[0] + lanes[1];
+  } else {
+    typedef A Half __attribute__((vector_size(N / 2 * sizeof(A))));
+    Half low, high;
+    std::memcpy(&low, lanes, sizeof(low));
+    std::memcpy(&high, lanes + N / 2, sizeof(high));
+    low += high;
+    A part[N / 2];
+    std::memcpy(part, &low, sizeof(low));
+    return sum_of<A, N / 2>(part);
+  }
 }
 
 // rows x columns elements into `to`, which has `to_stride` elements a row; what is
@@ -112,7 +123,9 @@ struct DotBlock {
   template <int r_count, int c_count>
   static MOE_EXT_INLINE void tile(const A* a, int64_t a_stride, const A* b, int64_t b_stride,
                                   int64_t depth, A* out, int64_t out_stride) {
-    Lanes<A> sum[r_count][c_count] = {};
+    Lanes<A> sum[r_count][c_count];
+    for (int r = 0; r < r_count; ++r)
+      for (int c = 0; c < c_count; ++c) sum[r][c] = Lanes<A>{};
     for (int64_t k = 0; k < depth; k += kLanes) {
       Lanes<A> right[c_count];
       for (int c = 0; c < c_count; ++c) load<A>(right[c], b + c * b_stride + k);
@@ -123,7 +136,8 @@ struct DotBlock {
       }
     }
     for (int r = 0; r < r_count; ++r)
-      for (int c = 0; c < c_count; ++c) out[r * out_stride + c] += sum_of<A>(sum[r][c]);
+      for (int c = 0; c < c_count; ++c)
+        out[r * out_stride + c] += sum_of<A, kLanes>(reinterpret_cast<const A*>(&sum[r][c]));
   }
 
   static MOE_EXT_INLINE void run(const A* a, int64_t a_stride, int64_t rows, const A* b,
@@ -154,7 +168,8 @@ struct ProductBlock {
   template <int r_count>
   static MOE_EXT_INLINE void tile(const A* a, int64_t a_row, int64_t a_depth, const A* b,
                                   int64_t depth, A* out) {
-    Lanes<A> sum[r_count][2] = {};
+    Lanes<A> sum[r_count][2];
+    for (int r = 0; r < r_count; ++r) sum[r][0] = sum[r][1] = Lanes<A>{};
     for (int64_t k = 0; k < depth; ++k) {
       Lanes<A> low, high;
       load<A>(low, b + k * kColumns);

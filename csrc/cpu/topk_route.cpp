@@ -51,8 +51,8 @@ MOE_EXT_INLINE int32_t take_best(Key* keys, int64_t padded) {
   for (int64_t e = 0; e < padded; ++e) best = keys[e] > best ? keys[e] : best;
   int32_t id = std::numeric_limits<int32_t>::max();
 #pragma omp simd reduction(min : id)
-  for (int64_t e = 0; e < padded; ++e) {
-    const int32_t candidate = keys[e] == best ? static_cast<int32_t>(e) : id;
+  for (int32_t e = 0; e < static_cast<int32_t>(padded); ++e) {
+    const int32_t candidate = keys[e] == best ? e : id;
     id = candidate < id ? candidate : id;
   }
   keys[id] = kIneligible<Key>;

@@ -51,6 +51,65 @@ fault(
     "score_sums = distribution.sum(0)",
 )
 
+# ---- router_logits ------------------------------------------------------------
+
+fault = faults("csrc/cpu/router_logits.cpp", "tests/test_router_logits.py")
+fault(
+    "a slab of the hidden size forgets the ones before",
+    "out[r * out_stride + c] += sum_of",
+    "out[r * out_stride + c] = sum_of",
+)
+fault(
+    "the second block of experts takes the first one's bias",
+    "out[t * E + e] += bias[expert + e];",
+    "out[t * E + e] += bias[e];",
+)
+fault(
+    "what pads a row to whole vectors is not cleared",
+    "for (int64_t c = columns; c < to_stride; ++c) to[c] = 0;",
+    "for (int64_t c = columns; c < to_stride; ++c) to[c] = 1;",
+)
+fault(
+    "float32 x beside another weight is read as if it were contiguous",
+    "x.tensor.const_data_ptr<A>() + token * x.stride + begin",
+    "x.tensor.const_data_ptr<A>() + token * H + begin",
+)
+fault(
+    "backward: a slab forgets the ones before",
+    "out[r * kColumns + c] += part[c];",
+    "out[r * kColumns + c] = part[c];",
+)
+fault(
+    "backward: every slab multiplies the first one's gradients",
+    "a + row * a_row + k * a_depth, a_row",
+    "a + row * a_row, a_row",
+)
+fault(
+    "backward: the bias takes its gradient from the last token",
+    "sum[e] += a[t * E + e];",
+    "sum[e] = a[t * E + e];",
+)
+
+fault = faults("csrc/cpu/simd.h")
+fault(
+    "bfloat16 is truncated instead of rounded",
+    "(bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;",
+    "bits >> 16;",
+    "tests/test_weighted_combine.py",
+)
+fault(
+    "an infinite float16 is read as 65536",
+    "(bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;",
+    "0u;",
+    "tests/test_router_logits.py",
+)
+fault(
+    "the exponential is off by 1e-5 below -1",
+    "return x < -87.0f ? 0.0f : p * power;",
+    "return x < -1.0f ? 1.00001f * p * power : p * power;",
+    "tests/test_topk_route.py",
+)
+
 # ---- topk_route ---------------------------------------------------------------
 
 fault = faults("csrc/cpu/topk_route.cpp", "tests/test_topk_route.py")

@@ -32,6 +32,9 @@ from . import reference
 from ._load import BACKEND
 from .types import Plan, Route
 
+if BACKEND != "reference":
+    from . import _ops
+
 ops = torch.ops.moe_ext
 
 # A plain global: torch.compile traces it (it refuses a ContextVar), and a backward
@@ -87,6 +90,13 @@ def _needs_gradient(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _call(name, *args, needs_gradient):
+    """The op; in eager mode, where a gradient will be wanted, through its autograd.Function."""
+    if needs_gradient and not torch.compiler.is_compiling():
+        return _ops.differentiable[name](*args)
+    return getattr(ops, name)(*args)
+
+
 def router_logits(x, weight, bias=None):
     """logits = x weight^T + bias, accumulated and returned in float32.
 
@@ -107,7 +117,8 @@ def router_logits(x, weight, bias=None):
     if BACKEND == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.router_logits(x, weight, bias)
-    return ops.router_logits(x, weight, bias)
+    needs_gradient = _needs_gradient(x, weight, bias)
+    return _call("router_logits", x, weight, bias, needs_gradient=needs_gradient)
 
 
 def topk_route(
@@ -173,7 +184,8 @@ def topk_route(
     )
     if BACKEND == "reference":
         return reference.topk_route(logits, top_k, **options)
-    return Route(*ops.topk_route(logits, top_k, **options))
+    arguments = (logits, top_k, *options.values())
+    return Route(*_call("topk_route", *arguments, needs_gradient=_needs_gradient(logits)))
 
 
 def capacity_scatter(
@@ -270,9 +282,10 @@ def grouped_ffn(
     options = (activation, limit, alpha, up_offset, transposed, interleaved)
     if BACKEND == "reference":
         return reference.grouped_ffn(x, plan, *parameters, **dict(zip(_FFN_OPTIONS, options)))
-    rows, _ = ops.grouped_ffn(
-        x, plan.expert_offsets, plan.row_token, plan.assignment_row, *parameters, *options,
-        _needs_gradient(x, *parameters), _batch_invariant,
+    needs_gradient = _needs_gradient(x, *parameters)
+    rows, _ = _call(
+        "grouped_ffn", x, plan.expert_offsets, plan.row_token, plan.assignment_row, *parameters,
+        *options, needs_gradient, _batch_invariant, needs_gradient=needs_gradient,
     )  # fmt: skip
     return rows
 
@@ -296,7 +309,10 @@ def weighted_combine(rows, weights, plan):
     _refuse_transforms("weighted_combine", rows, weights)
     if BACKEND == "reference":
         return reference.weighted_combine(rows, weights, plan)
-    return ops.weighted_combine(rows, weights, plan.row_assignment, plan.assignment_row)
+    return _call(
+        "weighted_combine", rows, weights, plan.row_assignment, plan.assignment_row,
+        needs_gradient=_needs_gradient(rows, weights),
+    )  # fmt: skip
 
 
 def moe_forward(
@@ -352,9 +368,10 @@ def moe_forward(
         return reference.moe_forward(
             x, weights, plan, *parameters, **dict(zip(_FFN_OPTIONS, options))
         )
-    y, _ = ops.moe_forward(
-        x, weights, plan.expert_offsets, plan.row_token, plan.row_assignment, plan.assignment_row,
-        *parameters, *options,
-        _needs_gradient(x, weights, *parameters), _batch_invariant,
+    needs_gradient = _needs_gradient(x, weights, *parameters)
+    y, _ = _call(
+        "moe_forward", x, weights, plan.expert_offsets, plan.row_token, plan.row_assignment,
+        plan.assignment_row, *parameters, *options, needs_gradient, _batch_invariant,
+        needs_gradient=needs_gradient,
     )  # fmt: skip
     return y

@@ -167,7 +167,7 @@ T* data(const at::Tensor& tensor) {
 }
 
 // Below this many multiplications, waking other threads costs more than they bring.
-constexpr int64_t kSerialWork = 1 << 18;
+constexpr int64_t kSerialWork = 1 << 20;
 
 // body(scratch, item) for every item, by whichever thread is free; a thread's scratch
 // holds `scratch_elements` of T.

@@ -211,6 +211,7 @@ class FFNOperator(FFNStage):
         ("assignment_row", lambda t: t.long(), TypeError),
         ("assignment_row", lambda t: t[:-1], ValueError, "weights"),
         ("assignment_row", lambda t: t[0], ValueError),
+        ("assignment_row", lambda t: t + 24, ValueError),
     )
 
     @pytest.mark.parametrize("case", range(len(BAD)), ids=[case[0] for case in BAD])

@@ -132,6 +132,10 @@ Experts check_experts(const char* op, const at::Tensor& x, const at::Tensor& exp
                dtype_of(x)};
   check_plan_memory(op, call.expert_offsets, call.row_token, call.tokens);
   call.kept = call.offsets()[experts];
+  const int32_t* row = call.assignment_row.const_data_ptr<int32_t>();
+  bool ok = true;
+  for (int64_t a = 0; a < call.assignment_row.numel(); ++a) ok &= row[a] < call.kept;
+  TORCH_CHECK_VALUE(ok, op, ": assignment_row must be below expert_offsets[E] = ", call.kept);
   return call;
 }
 

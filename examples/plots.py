@@ -56,18 +56,22 @@ def loss_curves(groups, labels, colours):
     left.grid(alpha=0.25, which="both")
     left.legend(frameon=False)
 
+    # Where training begins says nothing, and would flatten all that follows.
+    left.set_ylim(top=1.1 * max(r.validation_loss[0][1] for runs in groups.values() for r in runs))
+
     for place, (name, runs) in enumerate(groups.items()):
-        final = [r.validation_loss[-1][1] for r in runs]
+        final = [r.final_loss for r in runs]
         mean = sum(final) / len(final)
-        right.barh(place, mean, color=colours[name], alpha=0.75, height=0.6)
-        right.plot(final, [place] * len(final), "|", color="black", markersize=14)
-        right.text(mean, place, f"  {mean:.3f} ", va="center", ha="left")
-    finals = [r.validation_loss[-1][1] for runs in groups.values() for r in runs]
-    spread = max(max(finals) - min(finals), 0.01)
-    right.set_xlim(min(finals) - spread, max(finals) + 0.8 * spread)
+        right.plot(final, [place] * len(final), "o", color=colours[name], alpha=0.6)
+        right.plot(mean, place, "|", color=colours[name], markersize=20, markeredgewidth=2)
+        right.annotate(
+            f"{mean:.3f}", (mean, place), xytext=(0, 12), textcoords="offset points", ha="center"
+        )
     right.set_yticks(range(len(groups)), [labels[name] for name in groups])
-    right.invert_yaxis()
-    right.set(xlabel="nats per byte (axis cut)", title="Validation loss at the end")
+    right.set_ylim(len(groups) - 0.5, -0.7)
+    right.margins(x=0.15)
+    right.grid(alpha=0.25, axis="x")
+    right.set(xlabel="nats per byte (dots: seeds)", title="Validation loss at the end")
     return figure
 
 
@@ -108,6 +112,7 @@ def drop_and_entropy(routed, labels, colours):
         right.plot(steps, entropy, color=colours[name], label=labels[name])
     left.set(xlabel="step", ylabel="dropped assignments (%)", title="Drop rate, mean of the layers")
     left.set_ylim(bottom=0)
+    right.set_ylim(min(0.9, right.get_ylim()[0]), 1.005)  # below 0.9 begins the collapse
     right.set(
         xlabel="step", ylabel="entropy / log(experts)",
         title="Entropy of the mean routing (1: all experts alike)",

@@ -193,7 +193,7 @@ def parse(argv=None):
 
 
 SIZES = {
-    "steps": (500, "optimizer steps of each run"),
+    "steps": (600, "optimizer steps of each run"),
     "batch-size": (16, "sequences a step"),
     "context": (256, "bytes a sequence"),
     "width": (96, "hidden size"),

@@ -24,6 +24,7 @@ and the transforms of torch.func raise RuntimeError.
 """
 
 import contextlib
+import re
 
 import torch
 from torch.autograd import forward_ad
@@ -92,9 +93,21 @@ def _needs_gradient(*tensors):
 
 def _call(name, *args, needs_gradient):
     """The op; in eager mode, where a gradient will be wanted, through its autograd.Function."""
-    if needs_gradient and not torch.compiler.is_compiling():
-        return _ops.differentiable[name](*args)
-    return getattr(ops, name)(*args)
+    if torch.compiler.is_compiling():
+        return getattr(ops, name)(*args)
+    try:
+        return (_ops.differentiable[name] if needs_gradient else getattr(ops, name))(*args)
+    except RuntimeError as error:
+        # The dispatcher's word for an argument that is not of the schema's type.
+        wrong = re.match(
+            r"moe_ext::(\w+)\(\) Expected a value of type '(?:Optional\[)?(\w+)\]?'"
+            r" for argument '(\w+)' but instead found type '(\w+)'",
+            str(error),
+        )
+        if wrong is None:
+            raise
+        op, expected, argument, got = wrong.groups()
+        raise TypeError(f"{op}: {argument} must be of type {expected}, got {got}") from None
 
 
 def router_logits(x, weight, bias=None):
@@ -229,11 +242,11 @@ def capacity_scatter(
             experts, num_experts, capacity, weights=weights, padding_mask=padding_mask,
             drop_policy=drop_policy, num_sequences=num_sequences,
         )  # fmt: skip
-    return Plan(
-        *ops.capacity_scatter(
-            experts, num_experts, capacity, weights, padding_mask, drop_policy, num_sequences
-        )
-    )
+    plan = _call(
+        "capacity_scatter", experts, num_experts, capacity, weights, padding_mask, drop_policy,
+        num_sequences, needs_gradient=False,
+    )  # fmt: skip
+    return Plan(*plan)
 
 
 def grouped_ffn(

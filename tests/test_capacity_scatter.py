@@ -255,6 +255,7 @@ BAD = (
     (dict(experts=torch.full((4, 2), -3)), ValueError, "experts must be ids of at least 0.*got -3"),
     (dict(num_experts=0), ValueError, "num_experts must be .* got 0"),
     (dict(num_experts=2**31), ValueError, "num_experts must be"),
+    (dict(capacity=1.5), TypeError, "capacity must be of type int, got float"),
     (dict(capacity=-1), ValueError, "capacity must be None or at least 0, got -1"),
     (
         dict(drop_policy="random"),
@@ -262,6 +263,7 @@ BAD = (
         "drop_policy must be one of choice, token, probs, got random",
     ),
     (dict(capacity=1, drop_policy="probs"), ValueError, "weights must be given .* got None"),
+    (dict(weights=[1.0]), TypeError, "weights must be of type Tensor, got list"),
     (dict(weights=torch.zeros(4, 2).int()), TypeError, r"weights must be .* got int32 \(4, 2\)"),
     (dict(weights=torch.zeros(4, 3)), ValueError, r"weights must be .*\(4, 2\) like experts, got"),
     (dict(padding_mask=torch.ones(4).long()), TypeError, "padding_mask must .*attention_mask == 0"),

@@ -393,6 +393,8 @@ BAD = (
     (dict(logits=torch.zeros(4, 6, dtype=torch.int64)), TypeError, "logits must be .* int64"),
     (dict(logits=torch.zeros(6)), ValueError, r"logits must be .* \(T, E\).* float32 \(6,\)"),
     (dict(logits=torch.zeros(4, 0)), ValueError, "logits must be"),
+    (dict(top_k=2.0), TypeError, "top_k must be of type int, got float"),
+    (dict(score_function=None), TypeError, "score_function must be of type str, got NoneType"),
     (dict(top_k=0), ValueError, r"top_k must be in 1\.\.E = 6, got 0"),
     (dict(top_k=7), ValueError, r"top_k must be in 1\.\.E = 6, got 7"),
     (dict(n_group=4), ValueError, "n_group must be .* divisor of E = 6, got 4"),

@@ -47,7 +47,7 @@ def refresh(copy):
                 target.unlink()
 
 
-def python(copy, *arguments):
+def python(copy, *arguments, timeout=TIMEOUT):
     environment = os.environ | {
         "PYTHONPATH": str(copy),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -56,7 +56,7 @@ def python(copy, *arguments):
     }
     try:
         done = subprocess.run(
-            [sys.executable, *arguments], cwd=copy, env=environment, timeout=TIMEOUT,
+            [sys.executable, *arguments], cwd=copy, env=environment, timeout=timeout,
             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired as expired:
@@ -64,12 +64,12 @@ def python(copy, *arguments):
     return done.returncode, done.stdout
 
 
-def build(copy):
-    return python(copy, "setup.py", "build_ext", "--inplace")
+def build(copy, **options):
+    return python(copy, "setup.py", "build_ext", "--inplace", **options)
 
 
-def run_tests(copy, tests):
-    return python(copy, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
+def run_tests(copy, tests, **options):
+    return python(copy, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, **options)
 
 
 def plant(copy, fault):
@@ -94,9 +94,10 @@ def plant(copy, fault):
 def set_up(copy, faults):
     """A worker's copy, built, whose tests pass as long as nothing is planted."""
     refresh(copy)
-    code, output = build(copy)
+    code, output = build(copy, timeout=None)  # everything, where a fault rebuilds one file
     if code == 0:
-        code, output = run_tests(copy, sorted({test for fault in faults for test in fault.tests}))
+        tests = sorted({test for fault in faults for test in fault.tests})
+        code, output = run_tests(copy, tests, timeout=None)
     if code:
         sys.exit(f"without any fault, in {copy}:\n{output}")
 

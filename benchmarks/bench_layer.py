@@ -139,6 +139,7 @@ def check_agreement(name, layer, block, x):
 
 
 def bench_case(name, shape, dtype, device, repeats, bandwidth, flush):
+    """One case of the results file: every side's times, and what they mean."""
     torch.manual_seed(0)
     layer = our_layer(shape, dtype, device)
     x = clear_tokens(layer, shape, dtype, device)
@@ -159,7 +160,6 @@ def bench_case(name, shape, dtype, device, repeats, bandwidth, flush):
         "kind": shape.kind,
         "repeats": repeats,
         "max_load": counts.max().item() / counts.double().mean().item(),
-        **harness.provenance(),
     }
 
     calls = {side: inference(module.eval(), x) for side, module in sides.items()}
@@ -252,6 +252,7 @@ def main():
         read_bandwidth=bandwidth,
         import_seconds=harness.import_seconds(),
     )
+    provenance = harness.provenance()  # before results change the checkout
     flush = harness.CacheFlush()
     print(report.describe(about), flush=True)
     for name in arguments.shapes:
@@ -265,6 +266,7 @@ def main():
                 bandwidth,
                 flush,
             )
+            case.update(provenance)
             print(report.lines(case), flush=True)
             if not arguments.dry_run:
                 harness.merge_results(path, [case], **about)

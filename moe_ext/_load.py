@@ -1,7 +1,7 @@
 """Finds the compiled library, checks that it fits this process, and loads it.
 
 A library that was compiled against another torch may load without a word and
-then misbehave. So what it was built with, which csrc/bindings.cpp leaves in it
+then misbehave. So what it was built with, which csrc/build_info.cpp leaves in it
 as one JSON string, is read from the file and compared first.
 
 MOE_EXT_BACKEND forces a path: `reference` (plain PyTorch; nothing is loaded),

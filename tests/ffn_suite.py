@@ -138,7 +138,8 @@ class FFNNumbers(FFNStage):
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
-        "hidden, width", ((1, 1), (1, 40), (40, 1), (2, 3), (520, 129), (129, 530))
+        "hidden, width",
+        ((1, 1), (1, 40), (40, 1), (2, 3), (520, 129), (129, 530), (1050, 9), (9, 1050)),
     )
     @pytest.mark.parametrize("transposed", (False, True))
     def test_sizes(self, dtype, hidden, width, transposed):
@@ -277,7 +278,9 @@ class FFNNumbers(FFNStage):
 
     @needs_ops
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-    @pytest.mark.parametrize("shape", ((1, 40, 24, 8, 2), (50, 40, 24, 8, 2), (600, 300, 40, 3, 2)))
+    @pytest.mark.parametrize(
+        "shape", ((1, 40, 24, 8, 2), (50, 40, 24, 8, 2), (50, 24, 300, 4, 2), (600, 300, 40, 3, 2))
+    )
     @pytest.mark.parametrize("routing", ("distinct", "one_expert", "sentinels"))
     def test_same_bits(self, dtype, shape, routing, set_threads):
         plan = draw_plan(shape[0], shape[3], shape[4], routing)

@@ -32,7 +32,7 @@ fault(
 )
 fault(
     "a group is always scored by its best expert",
-    'best[..., :1 if group_score == "max" else 2]',
+    'best[..., : 1 if group_score == "max" else 2]',
     "best[..., :1]",
 )
 fault(
@@ -298,8 +298,8 @@ fault(
 fault = faults("moe_ext/losses.py", "tests/test_losses.py")
 fault(
     "the balance loss is not divided by top_k",
-    "share = counts / (tokens * top_k)",
-    "share = counts / tokens",
+    "/ (tokens * top_k)",
+    "/ tokens",
 )
 fault(
     "the injected gradient ignores the loss scale",
@@ -310,6 +310,205 @@ fault(
     "the z-loss counts padding",
     "torch.where(present, logsumexp, 0.0)",
     "logsumexp",
+)
+
+# ---- the layer ------------------------------------------------------------------
+
+fault = faults("moe_ext/moe.py")
+fault(
+    "the shared experts answer to padding",
+    "if padding_mask is not None:\n            shared = shared",
+    "if padding_mask is None:\n            shared = shared",
+    "tests/test_moe.py::test_padding_is_as_if_the_tokens_were_not_there",
+)
+fault(
+    "a sequence's capacity comes from the whole batch",
+    "tokens, num_sequences = shape[-2], math.prod(shape[:-2])",
+    "tokens, num_sequences = math.prod(shape[:-1]), math.prod(shape[:-2])",
+    "tests/test_moe.py::test_every_option_as_written_out",
+)
+fault(
+    "losses are injected in eval too",
+    "            self.training\n            and self.inject_losses",
+    "            self.inject_losses",
+    "tests/test_losses.py::test_nothing_is_injected_in_eval_or_without_gradients",
+)
+
+fault = faults("moe_ext/routing.py")
+fault(
+    "capacity is rounded down",
+    "capacity = -(-(tokens * self.numerator) // self.denominator)",
+    "capacity = tokens * self.numerator // self.denominator",
+    "tests/test_moe.py::test_capacity",
+)
+fault(
+    "loss-free balancing moves the bias towards the load",
+    "torch.sign(n.mean() - n)",
+    "torch.sign(n - n.mean())",
+    "tests/test_stats.py::test_update_moves_the_bias_against_the_load",
+)
+fault(
+    "the selection bias is not used",
+    "selection_bias=self.e_score_correction_bias",
+    "selection_bias=None",
+    "tests/test_transformers.py::test_deepseek_v3_bias_changes_the_choice",
+)
+
+# ---- grouped_ffn and moe_forward --------------------------------------------------
+
+GROUPED, FORWARD = (
+    "tests/test_grouped_ffn.py::TestNumbers::",
+    "tests/test_moe_forward.py::TestNumbers::",
+)
+
+fault = faults("csrc/cpu/grouped_ffn.cpp")
+fault(
+    "the tail of the rows is not cleared",
+    "rows.narrow(0, call.kept, call.rows - call.kept).zero_();",
+    "rows.narrow(0, call.kept, call.rows - call.kept).fill_(1);",
+    GROUPED + "test_a_tail_is_never_read",
+)
+
+fault = faults("csrc/cpu/moe_forward.cpp")
+fault(
+    "backward: a row takes the weight of the assignment with its number",
+    "w.const_data_ptr<T>()[assignment[r]];",
+    "w.const_data_ptr<T>()[r];",
+    FORWARD + "test_many_choices",
+)
+fault(
+    "backward: the gradient of a dropped weight is not cleared",
+    "at::zeros(w.sizes(), w.options())",
+    "at::ones(w.sizes(), w.options())",
+    FORWARD + "test_gradient_of_dropped_weights_is_exactly_zero",
+)
+
+fault = faults("csrc/cpu/ffn.cpp")
+fault(
+    "an assignment's row past the last kept one passes",
+    "ok &= row[a] < call.kept;",
+    "ok &= row[a] < call.kept + 1000;",
+    "tests/test_moe_forward.py::TestOperator::test_bad_tensors",
+)
+fault(
+    "the last row of an expert's second block is left out",
+    "begin + count * (i + 1) / pieces});",
+    "begin + count * (i + 1) / pieces - (i > 0)});",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
+    "every expert adds the first one's bias",
+    "const T* bias = data<T>(down_bias) + e * hidden + h0;",
+    "const T* bias = data<T>(down_bias) + h0;",
+    GROUPED + "test_many_experts",
+)
+fault(
+    "interleaved: up reads the gate's rows",
+    "interleaved ? 1 : intermediate",
+    "interleaved ? 0 : intermediate",
+    GROUPED + "test_layouts_and_clamps",
+)
+fault(
+    "backward: the weight's gradient misses the down bias",
+    "                         down_bias.defined()\n",
+    "                         down_bias.defined() && hidden < 0\n",
+    FORWARD + "test_many_choices",
+)
+fault(
+    "backward: the down bias takes its gradient without the weight",
+    "bias_gradient<T>(call, hidden, upstream, weight)",
+    "bias_gradient<T>(call, hidden, upstream, nullptr)",
+    FORWARD + "test_many_choices",
+)
+fault(
+    "backward: a frozen expert's weight gradient is computed all the same",
+    "  if (want_up) {",
+    "  {",
+    "tests/test_grouped_ffn.py::TestOperator::test_only_needed_gradients",
+)
+fault(
+    "backward: the weight's gradient depends on the number of threads",
+    "s0 += kActivateColumns) {",
+    "s0 += kActivateColumns / at::get_num_threads()) {",
+    FORWARD + "test_same_bits",
+)
+fault(
+    "the preactivations are kept before the bias",
+    "up_bias.defined() ? data<T>(up_bias) + e * call.width : nullptr, kept_rows,",
+    "nullptr, kept_rows,",
+    "tests/test_grouped_ffn.py::TestOperator::test_preactivations",
+)
+
+fault = faults("csrc/cpu/kernels/gemm.inl")
+fault(
+    "weights along k: a chunk of k forgets the ones before",
+    "ldc, k0 > 0,",
+    "ldc, false,",
+    GROUPED + "test_sizes",
+)
+fault(
+    "weights across k: a chunk of k forgets the ones before",
+    "k0 > 0 ? Into::add : Into::replace",
+    "Into::replace",
+    GROUPED + "test_sizes",
+)
+fault(
+    "a weight gradient keeps its last 256 rows alone",
+    "r0 > 0 ? Into::add : Into::replace;",
+    "Into::replace;",
+    GROUPED + "test_rows_an_expert",
+)
+
+fault = faults("csrc/cpu/kernels/activation.inl")
+fault(
+    "silu' misses alpha",
+    "s + g * s * (T(1) - s) * alpha}",
+    "s + g * s * (T(1) - s)}",
+    GROUPED + "test_layouts_and_clamps",
+)
+fault(
+    "gelu_tanh' misses the 3 of the cube",
+    "(T(1) + g * g * (3 * cubic))",
+    "(T(1) + g * g * cubic)",
+    GROUPED + "test_activations",
+)
+fault(
+    "a gradient passes the clamped gate",
+    "weighted * (x > limit ? zero : slope)",
+    "weighted * slope",
+    GROUPED + "test_layouts_and_clamps",
+)
+fault(
+    "up is not clamped below",
+    "          v = v < -limit ? -limit : v;",
+    "",
+    GROUPED + "test_layouts_and_clamps",
+)
+fault(
+    "dS is taken with the weight",
+    "inner += upstream * value;",
+    "inner += weighted * value;",
+    FORWARD + "test_weights_of_zero_have_a_gradient",
+)
+fault(
+    "the weight is missing in down_proj's gradient",
+    "store(scaled + i, value * w);",
+    "store(scaled + i, value);",
+    FORWARD + "test_many_choices",
+)
+
+fault = faults("csrc/cpu/kernels/rows.inl")
+fault(
+    "a dropped assignment adds row 0",
+    "if (index[j] < 0) continue;\n      const T* row = rows + index[j] * ld + c0;",
+    "const T* row = rows + std::max(index[j], 0) * ld + c0;",
+    FORWARD + "test_routings",
+)
+fault(
+    "a bias gradient keeps its last 256 rows alone",
+    "total[c] += sum[c];",
+    "total[c] = sum[c];",
+    GROUPED + "test_rows_an_expert",
 )
 
 # ---- autograd wiring ------------------------------------------------------------

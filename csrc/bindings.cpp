@@ -7,4 +7,4 @@ namespace moe_ext {
 extern const char build_info[];  // build_info.cpp
 }
 
-PYBIND11_MODULE(_C, m) { m.attr("build_info") = moe_ext::build_info; }
+PYBIND11_MODULE(_C, m) { m.attr("build_info") = pybind11::str(moe_ext::build_info); }

@@ -252,6 +252,7 @@ BAD = (
     ),
     (dict(experts=torch.zeros(4, 2, dtype=torch.bool)), TypeError, "experts must .* got bool"),
     (dict(experts=torch.zeros(4, dtype=torch.int32)), ValueError, r"experts must .* int32 \(4,\)"),
+    (dict(experts=torch.tensor([[0, 1], [2, -1]])), ValueError, "experts must be ids .* got -1"),
     (dict(experts=torch.full((4, 2), -3)), ValueError, "experts must be ids of at least 0.*got -3"),
     (dict(num_experts=0), ValueError, "num_experts must be .* got 0"),
     (dict(num_experts=2**31), ValueError, "num_experts must be"),

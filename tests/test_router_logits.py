@@ -134,9 +134,10 @@ def test_not_finite(dtype, value):
 # ---- tensors as they come ----
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_non_contiguous(dtype):
-    inputs = draw(20, 33, 6, dtype)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("hidden", (32, 33, 1040))
+def test_non_contiguous(dtype, hidden):
+    inputs = draw(20, hidden, 6, dtype)
     cotangents = {}
     expected = evaluate(functional.router_logits, inputs, cotangents=cotangents)
     for view in (

@@ -103,6 +103,37 @@ def test_long_rows(dtype):
     assert ((actual - expected).abs() <= 4 * torch.finfo(torch.float32).eps * expected).all()
 
 
+def one_row_a_token(tokens):
+    """Token t's only row is row t."""
+    return reference.capacity_scatter(torch.zeros(tokens, 1, dtype=torch.int32), 1)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_every_16_bit_number_is_read_as_it_is(dtype):
+    rows = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[:, None]
+    output = functional.weighted_combine(rows, torch.ones(len(rows), 1), one_row_a_token(len(rows)))
+    number = ~rows.isnan()
+    assert torch.equal(output[number], rows[number]) and output[~number].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_results_are_rounded_to_nearest_even(dtype):
+    """All exponents, ties and what lies beside them: as torch converts, both ways."""
+    tie = {torch.bfloat16: 16, torch.float16: 13}[dtype]  # bits that are rounded away
+    bits = torch.randint(-(2**31), 2**31, (40000,))
+    bits[::4] = (bits[::4] >> tie << tie) | 1 << (tie - 1)
+    bits[1::4] = bits[::4] + 1
+    bits[2::4] = bits[::4] - 1
+    numbers = bits.int().view(torch.float32)[:, None]
+    plan = one_row_a_token(len(numbers))
+    rows = torch.ones(len(numbers), 1, dtype=dtype, requires_grad=True)
+    output = functional.weighted_combine(rows, numbers, plan)
+    (gradient,) = torch.autograd.grad(output, rows, torch.ones_like(output))
+    expected = numbers.to(dtype)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0, equal_nan=True)
+
+
 # ---- what is not touched ----
 
 

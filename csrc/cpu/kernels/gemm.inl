@@ -18,7 +18,7 @@ constexpr int kOctet = 8;
 // Weights that come next: `rows` rows, `stride` bytes apart, each read along its length.
 struct Prefetch {
   const char* at;
-  int64_t stride;
+  int64_t stride, rows;
 };
 
 // ---- the sums of eight vectors' lanes, as one row of eight
@@ -86,8 +86,9 @@ MOE_INLINE void sum_lanes(const V<float> (&v)[kOctet], float* out, bool accumula
 // memory that nobody reads soon.
 enum class Into { replace, add, memory };
 
-// Ahead is how many of the next eight rows of weights this tile prefetches.
-template <class T, int M, int Ahead>
+// The tile prefetches ahead.rows of the weights' next rows: OneAhead says that it is one,
+// which costs nothing; any other number is for tiles so few that memory is the limit.
+template <class T, int M, bool OneAhead>
 void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const T* w, int64_t ldw,
              int64_t k, Prefetch ahead, int64_t ahead_step) {
   constexpr int lanes = Simd<T>::lanes;
@@ -98,7 +99,12 @@ void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const 
   // addresses that need no more registers than there are.
   const T *w0 = w, *w3 = w + 3 * ldw, *w6 = w + 6 * ldw;
   for (int64_t i = 0; i < k; i += lanes) {
-    for (int r = 0; r < Ahead; ++r) __builtin_prefetch(ahead.at + r * ahead.stride, 0, 2);
+    if (OneAhead) {
+      __builtin_prefetch(ahead.at, 0, 2);
+    } else {
+      for (int64_t r = 0; r < ahead.rows; ++r)
+        __builtin_prefetch(ahead.at + r * ahead.stride, 0, 2);
+    }
     ahead.at += ahead_step;
     V<T> x[M];
     for (int m = 0; m < M; ++m) x[m] = load(a + m * lda);
@@ -151,15 +157,16 @@ void nn_tile(T* c, int64_t ldc, Into into, const T* a, int64_t am, int64_t ak, c
 }
 
 // A tile of run-time height is one call of the tile of that height.
-template <class T, int M, int Ahead>
+template <class T, int M, bool OneAhead>
 inline void nt_rows(int m, T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const T* w,
                     int64_t ldw, int64_t k, Prefetch ahead, int64_t ahead_step) {
   if constexpr (M > 1) {
     if (m < M) {
-      return nt_rows<T, M - 1, Ahead>(m, c, ldc, accumulate, a, lda, w, ldw, k, ahead, ahead_step);
+      return nt_rows<T, M - 1, OneAhead>(m, c, ldc, accumulate, a, lda, w, ldw, k, ahead,
+                                         ahead_step);
     }
   }
-  nt_tile<T, M, Ahead>(c, ldc, accumulate, a, lda, w, ldw, k, ahead, ahead_step);
+  nt_tile<T, M, OneAhead>(c, ldc, accumulate, a, lda, w, ldw, k, ahead, ahead_step);
 }
 template <class T, int M>
 inline void nn_rows(int m, T* c, int64_t ldc, Into into, const T* a, int64_t am, int64_t ak,
@@ -187,7 +194,7 @@ template <class T, class S>
 void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0,
                int64_t n1, T* scratch) {
   const int64_t ldc = padded<T>(n1 - n0);
-  const int64_t tiles = (m + kTileNT - 1) / kTileNT;
+  const int64_t tiles = (m + kTileNT - 1) / kTileNT, ahead_rows = (kOctet + tiles - 1) / tiles;
   for (int64_t k0 = 0; k0 < k; k0 += kDepthChunkNT) {
     const int64_t depth = std::min(kDepthChunkNT, k - k0), whole = round_up(depth, Simd<T>::lanes);
     const int64_t copy_stride = padded<T>(depth);
@@ -214,15 +221,15 @@ void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
       }
       T* column = c + (n - n0);
       for_even_tiles(m, kTileNT, [&](int64_t row, int64_t height, int64_t tile) {
-        // Eight tiles share out the next octet's rows; where there are fewer, each takes all.
-        const bool share = tiles >= kOctet;
-        const S* next = source + (kOctet + (share ? tile % kOctet : 0)) * w.stride_n;
-        const Prefetch ahead = {reinterpret_cast<const char*>(next),
-                                int64_t(w.stride_n * sizeof(S))};
-        (share ? nt_rows<T, kTileNT, 1>
-               : nt_rows<T, kTileNT, kOctet>)(int(height), column + row * ldc, ldc, k0 > 0,
-                                              a + row * lda + k0, lda, weight, stride, whole, ahead,
-                                              Simd<T>::lanes * sizeof(S));
+        // The tiles share out the next octet's rows.
+        const int64_t first = tile * ahead_rows % kOctet;
+        const Prefetch ahead = {
+            reinterpret_cast<const char*>(source + (kOctet + first) * w.stride_n),
+            int64_t(w.stride_n * sizeof(S)), tile * ahead_rows < kOctet ? ahead_rows : 0};
+        (ahead_rows == 1 ? nt_rows<T, kTileNT, true>
+                         : nt_rows<T, kTileNT, false>)(int(height), column + row * ldc, ldc, k0 > 0,
+                                                       a + row * lda + k0, lda, weight, stride,
+                                                       whole, ahead, Simd<T>::lanes * sizeof(S));
       });
     }
   }
@@ -260,7 +267,7 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
       T* column = c + (n - n0);
       for_even_tiles(m, kTileNN, [&](int64_t row, int64_t height, int64_t) {
         const Prefetch ahead = {reinterpret_cast<const char*>(next) + turn++ % lines * kPadBytes,
-                                int64_t(w.stride_k * sizeof(S))};
+                                int64_t(w.stride_k * sizeof(S)), 1};
         nn_rows<T, kTileNN>(int(height), column + row * ldc, ldc,
                             k0 > 0 ? Into::add : Into::replace, a + row * lda + k0, lda, 1,
                             scratch + (n - n0) * depth, depth, ahead);
@@ -345,7 +352,7 @@ void outer(void* out, Dtype dtype, int64_t stride, Rows p, int64_t m0, int64_t m
         const Into into = direct && aligned ? Into::memory : r0 > 0 ? Into::add : Into::replace;
         nn_rows<T, kTileNN>(int(count_m), target + m * ldt, ldt, into, left + m, 1,
                             padded<T>(height), panel, depth,
-                            {reinterpret_cast<const char*>(panel), 0});
+                            {reinterpret_cast<const char*>(panel), 0, 1});
       });
     }
     if (!direct) {

@@ -39,10 +39,11 @@ class Experts(nn.Module):
         def parameter(*shape):
             return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
 
-        self.up_name = "gate_up_proj" if gated else "up_proj"
-        self.register_parameter(self.up_name, parameter(*up))
+        name = "gate_up_proj" if gated else "up_proj"
+        self.up_names = name, f"{name}_bias"
+        self.register_parameter(name, parameter(*up))
         self.down_proj = parameter(*down)
-        self.register_parameter(f"{self.up_name}_bias", parameter(width) if bias else None)
+        self.register_parameter(f"{name}_bias", parameter(width) if bias else None)
         self.down_proj_bias = parameter(hidden_size) if bias else None
         self.reset_parameters()
 
@@ -57,8 +58,8 @@ class Experts(nn.Module):
     def weights(self):
         """(up, down, up_bias, down_bias), as `functional.moe_forward` takes them."""
         # getattr, not self._parameters: a parametrized weight is a property.
-        up = self.up_name
-        return getattr(self, up), self.down_proj, getattr(self, f"{up}_bias"), self.down_proj_bias
+        up, up_bias = self.up_names
+        return getattr(self, up), self.down_proj, getattr(self, up_bias), self.down_proj_bias
 
     def forward(self, x, weights, plan):
         """x (T, H), weights (T, K) and the plan -> the weighted sum of each token's rows (T, H)."""
@@ -66,7 +67,7 @@ class Experts(nn.Module):
 
     def extra_repr(self):
         up = self.weights()[0]
-        shapes = f"{self.up_name}={tuple(up.shape)}, down_proj={tuple(self.down_proj.shape)}"
+        shapes = f"{self.up_names[0]}={tuple(up.shape)}, down_proj={tuple(self.down_proj.shape)}"
         flags = [f"{k}={v}" for k, v in self.options.items() if v not in (None, False)]
         return ", ".join([shapes, *flags])
 

@@ -184,21 +184,20 @@ def topk_route(
     constant. No gradient reaches selection_bias.
     """
     _refuse_transforms("topk_route", logits)
-    options = dict(
-        selection_bias=selection_bias,
-        padding_mask=padding_mask,
-        experts=experts,
-        score_function=score_function,
-        norm_topk_prob=norm_topk_prob,
-        routed_scaling_factor=routed_scaling_factor,
-        n_group=n_group,
-        topk_group=topk_group,
-        group_score=group_score,
-    )
+    options = (
+        selection_bias, padding_mask, experts, score_function, norm_topk_prob,
+        routed_scaling_factor, n_group, topk_group, group_score,
+    )  # fmt: skip
     if BACKEND == "reference":
-        return reference.topk_route(logits, top_k, **options)
-    arguments = (logits, top_k, *options.values())
-    return Route(*_call("topk_route", *arguments, needs_gradient=_needs_gradient(logits)))
+        return reference.topk_route(logits, top_k, **dict(zip(_ROUTE_OPTIONS, options)))
+    needs_gradient = _needs_gradient(logits)
+    return Route(*_call("topk_route", logits, top_k, *options, needs_gradient=needs_gradient))
+
+
+_ROUTE_OPTIONS = (
+    "selection_bias", "padding_mask", "experts", "score_function", "norm_topk_prob",
+    "routed_scaling_factor", "n_group", "topk_group", "group_score",
+)  # fmt: skip
 
 
 def capacity_scatter(

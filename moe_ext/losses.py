@@ -161,27 +161,44 @@ def _layers(op, logits, experts):
 
 
 class _Inject(torch.autograd.Function):
-    """The carrier, unchanged; on the way back, `loss` receives the gradient `scale`."""
+    """The weights, unchanged; on the way back, the gradients of the coefficients' losses.
+
+    d aux / d score_sums = E f / tokens and d z / d logsumexp = 2 logsumexp / tokens: the
+    losses themselves need not be computed.
+    """
 
     @staticmethod
-    def forward(ctx, carrier, loss, scale):
-        ctx.save_for_backward(scale)
-        ctx.loss_dtype = loss.dtype
-        return carrier.view_as(carrier)
+    def forward(ctx, weights, score_sums, logsumexp, counts, present, scale, coefficients):
+        ctx.save_for_backward(logsumexp, counts, present, scale)
+        ctx.coefficients = coefficients
+        ctx.top_k = weights.shape[1]
+        return weights.view_as(weights)
 
     @staticmethod
     def backward(ctx, grad):
-        (scale,) = ctx.saved_tensors
-        return grad, scale.to(ctx.loss_dtype), None
+        logsumexp, counts, present, scale = ctx.saved_tensors
+        aux_coef, z_coef = ctx.coefficients
+        tokens = max(logsumexp.shape[0], 1) if present is None else present
+        per_token = scale.to(logsumexp) / tokens
+        grad_score_sums = grad_logsumexp = None
+        if aux_coef > 0:
+            factor = aux_coef * counts.shape[0] / ctx.top_k
+            grad_score_sums = counts * (per_token * factor / tokens)
+        if z_coef > 0:
+            grad_logsumexp = logsumexp * (per_token * (2 * z_coef))
+        return grad, grad_score_sums, grad_logsumexp, None, None, None, None
 
 
-def inject(carrier, loss, scale):
-    """`carrier` itself, such that its backward pass adds scale * loss to what is minimised.
+def inject(route, present, scale, aux_coef, z_coef):
+    """`route.weights`, such that the backward pass through them adds the router's losses.
 
-    carrier: any tensor on the way to the output; loss: a scalar; scale: a scalar
-    tensor, read when the backward pass runs.
+    To what is minimised it adds scale * (aux_coef * aux + z_coef * z). present: how many
+    tokens are not padding, a scalar tensor, or None for all; scale: a scalar tensor.
     """
-    return _Inject.apply(carrier, loss, scale)
+    return _Inject.apply(
+        route.weights, route.score_sums, route.logsumexp, route.counts, present, scale,
+        (aux_coef, z_coef),
+    )  # fmt: skip
 
 
 _warned = False

@@ -299,13 +299,15 @@ class MoE(nn.Module):
         y = self.experts(tokens, weights, plan)
         if self.shared_experts is not None:
             y = y + self._shared(tokens, padding_mask)
-        y = y.to(x.dtype).view(x.shape)
+        if y.dtype != x.dtype:  # autocast's
+            y = y.to(x.dtype)
 
         # An exported program has no place for a tensor that is not a buffer and changes.
         if not torch.compiler.is_exporting():
             self._stats.accumulate(
                 logits, route, plan.assignment_row, padding_mask, self.score_function, self.training
             )
+        y = y.view(x.shape)
         if not return_routing:
             return y
         return y, Routing(logits, weights, route.experts, plan, aux_loss, z_loss)
@@ -353,36 +355,31 @@ class MoE(nn.Module):
         return factor(tokens)
 
     def _losses(self, x, route, padding_mask, return_routing):
-        """(weights, aux_loss, z_loss); the weights carry the losses' gradient in training."""
-        weights, counts, score_sums, logsumexp = (
-            route.weights, route.counts, route.score_sums, route.logsumexp,
-        )  # fmt: skip
+        """(weights, aux_loss, z_loss); in training the weights carry the losses' gradient."""
         inject = (
             self.training
             and self.inject_losses
             and (self.aux_loss_coef > 0 or self.z_loss_coef > 0)
             and torch.is_grad_enabled()
-            and weights.requires_grad
+            and route.weights.requires_grad
         )
         if not (inject or return_routing):
-            return weights, None, None
-        aux_loss = z_loss = None
-        if padding_mask is None:
-            tokens = max(weights.shape[0], 1)
-        else:
-            tokens = (~padding_mask).sum().clamp(min=1)
-        if return_routing or self.aux_loss_coef > 0:
-            aux_loss = losses.balance_loss(counts, score_sums, tokens, self.top_k)
-        if return_routing or self.z_loss_coef > 0:
-            z_loss = losses.mean_square(logsumexp, tokens)
+            return route.weights, None, None
+        present = None if padding_mask is None else (~padding_mask).sum().clamp(min=1)
+        weights, aux_loss, z_loss = route.weights, None, None
         if inject:
             if not (torch.compiler.is_compiling() or self._loss_scale_is_set):
                 losses.warn_of_float16(x)
-            terms = ((self.aux_loss_coef, aux_loss), (self.z_loss_coef, z_loss))
-            total = sum(coef * loss for coef, loss in terms if coef > 0)
-            weights = losses.inject(weights, total, self.loss_scale)
-        if self.inject_losses and return_routing:
-            aux_loss, z_loss = aux_loss.detach(), z_loss.detach()
+            weights = losses.inject(
+                route, present, self.loss_scale, self.aux_loss_coef, self.z_loss_coef
+            )
+        if return_routing:
+            score_sums, logsumexp = route.score_sums, route.logsumexp
+            if self.inject_losses:
+                score_sums, logsumexp = score_sums.detach(), logsumexp.detach()
+            tokens = max(len(logsumexp), 1) if present is None else present
+            aux_loss = losses.balance_loss(route.counts, score_sums, tokens, self.top_k)
+            z_loss = losses.mean_square(logsumexp, tokens)
         return weights, aux_loss, z_loss
 
     def _shared(self, tokens, padding_mask):

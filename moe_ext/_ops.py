@@ -146,7 +146,12 @@ differentiable = {}
 
 
 def _register_gradient(name, setup_context, backward):
-    torch.library.register_autograd(f"moe_ext::{name}", backward, setup_context=setup_context)
+    def unpack_and_backward(ctx, *grads):
+        return backward(ctx, ctx.saved_tensors, *grads)
+
+    torch.library.register_autograd(
+        f"moe_ext::{name}", unpack_and_backward, setup_context=setup_context
+    )
     if setup_context is None:
         return
 
@@ -157,10 +162,12 @@ def _register_gradient(name, setup_context, backward):
         return output
 
     def backward_below_autograd(ctx, *grads):
+        # Unpacking may recompute a checkpointed forward pass, which needs its autograd.
+        saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the backward op has to refuse what follows
-            return backward(ctx, *grads)
+            return backward(ctx, saved, *grads)
         with torch._C._AutoDispatchBelowAutograd():
-            return backward(ctx, *grads)
+            return backward(ctx, saved, *grads)
 
     body = {"forward": staticmethod(forward), "backward": staticmethod(backward_below_autograd)}
     differentiable[name] = type(name, (torch.autograd.Function,), body).apply
@@ -182,9 +189,9 @@ def _router_logits_setup(ctx, inputs, output):
     ctx.save_for_backward(x, weight)
 
 
-def _router_logits_backward(ctx, grad):
+def _router_logits_backward(ctx, saved, grad):
     mask = _wanted(ctx, 0, 1, 2)
-    return _pick(mask, ops.router_logits_backward(grad, *ctx.saved_tensors, mask))
+    return _pick(mask, ops.router_logits_backward(grad, *saved, mask))
 
 
 def _topk_route_setup(ctx, inputs, output):
@@ -197,11 +204,13 @@ def _topk_route_setup(ctx, inputs, output):
     ctx.save_for_backward(logits, experts, padding_mask)
 
 
-def _topk_route_backward(ctx, grad_weights, _experts, _counts, grad_score_sums, grad_logsumexp):
+def _topk_route_backward(
+    ctx, saved, grad_weights, _experts, _counts, grad_score_sums, grad_logsumexp
+):
     if grad_weights is None and grad_score_sums is None and grad_logsumexp is None:
         return (None,) * 11
     grad = ops.topk_route_backward(
-        grad_weights, grad_score_sums, grad_logsumexp, *ctx.saved_tensors,
+        grad_weights, grad_score_sums, grad_logsumexp, *saved,
         ctx.score_function, ctx.norm_topk_prob, ctx.scale,
     )  # fmt: skip
     return (grad, *(None,) * 10)
@@ -216,13 +225,11 @@ def _grouped_ffn_setup(ctx, inputs, output):
     ctx.save_for_backward(x, preactivations, *plan_and_parameters)
 
 
-def _grouped_ffn_backward(ctx, grad_rows, _preactivations):
+def _grouped_ffn_backward(ctx, saved, grad_rows, _preactivations):
     if grad_rows is None:
         return (None,) * 16
     mask = _wanted(ctx, 0, 4, 5, 6, 7)
-    gradients = ops.grouped_ffn_backward(
-        grad_rows, *ctx.saved_tensors, *ctx.options, output_mask=mask
-    )
+    gradients = ops.grouped_ffn_backward(grad_rows, *saved, *ctx.options, output_mask=mask)
     dx, *parameters = _pick(mask, gradients)
     return (dx, None, None, None, *parameters, *(None,) * 8)
 
@@ -231,9 +238,9 @@ def _weighted_combine_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _weighted_combine_backward(ctx, grad):
+def _weighted_combine_backward(ctx, saved, grad):
     mask = _wanted(ctx, 0, 1)
-    gradients = ops.weighted_combine_backward(grad, *ctx.saved_tensors, mask)
+    gradients = ops.weighted_combine_backward(grad, *saved, mask)
     return (*_pick(mask, gradients), None, None)
 
 
@@ -246,11 +253,11 @@ def _moe_forward_setup(ctx, inputs, output):
     ctx.save_for_backward(x, weights, preactivations, *plan_and_parameters)
 
 
-def _moe_forward_backward(ctx, grad, _preactivations):
+def _moe_forward_backward(ctx, saved, grad, _preactivations):
     if grad is None:
         return (None,) * 18
     mask = _wanted(ctx, 0, 1, 6, 7, 8, 9)
-    gradients = ops.moe_backward(grad, *ctx.saved_tensors, *ctx.options, output_mask=mask)
+    gradients = ops.moe_backward(grad, *saved, *ctx.options, output_mask=mask)
     dx, dweights, *parameters = _pick(mask, gradients)
     return (dx, dweights, None, None, None, None, *parameters, *(None,) * 8)
 
@@ -262,7 +269,7 @@ _register_gradient("weighted_combine", _weighted_combine_setup, _weighted_combin
 _register_gradient("moe_forward", _moe_forward_setup, _moe_forward_backward)
 
 
-def _refuse_double_backward(ctx, *_):
+def _refuse_double_backward(ctx, saved, *_):
     raise RuntimeError("moe_ext: the gradient of a gradient (double backward) is not supported")
 
 

@@ -303,8 +303,18 @@ fault(
 )
 fault(
     "the injected gradient ignores the loss scale",
-    "return grad, scale.to(ctx.loss_dtype), None",
-    "return grad, torch.ones_like(scale, dtype=ctx.loss_dtype), None",
+    "per_token = scale.to(logsumexp) / tokens",
+    "per_token = torch.ones_like(scale).to(logsumexp) / tokens",
+)
+fault(
+    "the injected balance loss is not divided by top_k",
+    "aux_coef * counts.shape[0] / ctx.top_k",
+    "aux_coef * counts.shape[0]",
+)
+fault(
+    "the injected z-loss has half its gradient",
+    "per_token * (2 * z_coef)",
+    "per_token * z_coef",
 )
 fault(
     "the z-loss counts padding",
@@ -514,6 +524,12 @@ fault(
 # ---- autograd wiring ------------------------------------------------------------
 
 fault = faults("moe_ext/_ops.py")
+fault(
+    "a checkpointed forward pass is recomputed without autograd",
+    "saved = ctx.saved_tensors\n",
+    "with torch._C._AutoDispatchBelowAutograd():\n            saved = ctx.saved_tensors\n",
+    "tests/test_checkpoint.py::test_checkpointing_changes_nothing",
+)
 fault(
     "grouped_ffn: up_proj's gradient is computed where down_proj's is needed",
     "mask = _wanted(ctx, 0, 4, 5, 6, 7)",

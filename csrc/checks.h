@@ -148,4 +148,15 @@ inline void check_plan_memory(const char* op, const at::Tensor& expert_offsets,
   TORCH_CHECK_VALUE(ok, op, ": row_token must be in 0..T-1, with T = ", tokens);
 }
 
+// Reads a CPU plan's memory: rows, tokens or assignments below `limit`, so that no
+// kernel can leave its arrays. Contiguous int32.
+inline void check_memory_below(const char* op, const char* name, const at::Tensor& indices,
+                               int64_t limit) {
+  const int32_t* index = indices.const_data_ptr<int32_t>();
+  int32_t largest = -1;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < indices.numel(); ++i) largest = index[i] > largest ? index[i] : largest;
+  check_value(op, name, largest < limit, largest, "below ", limit);
+}
+
 }  // namespace moe_ext

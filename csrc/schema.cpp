@@ -50,6 +50,11 @@ TORCH_LIBRARY(moe_ext, m) {
       " Tensor? weights=None, Tensor? padding_mask=None, str drop_policy=\"choice\","
       " SymInt num_sequences=1) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // ---- gather_rows: x (T, H) -> rows (R, H), for rows that travel (expert parallelism);
+  //      grouped_ffn gathers by itself. Backward: dx (T, H).
+  m.def("gather_rows(Tensor x, Tensor row_token, Tensor assignment_row) -> Tensor");
+  m.def("gather_rows_backward(Tensor grad_rows, Tensor assignment_row) -> Tensor");
+
   // ---- grouped_ffn: x (T, H) -> rows (R, H), preactivations (R, 2I or I)
   m.def(
       "grouped_ffn(Tensor x, Tensor expert_offsets, Tensor row_token, Tensor assignment_row, "

@@ -75,6 +75,16 @@ def _(experts, num_experts, capacity=None, *_, num_sequences=1, **__):
     )
 
 
+@_fake("gather_rows")
+def _(x, row_token, assignment_row):
+    return x.new_empty(row_token.shape[0], x.shape[1])
+
+
+@_fake("gather_rows_backward")
+def _(grad_rows, assignment_row):
+    return grad_rows.new_empty(assignment_row.shape[0], grad_rows.shape[1])
+
+
 def _preactivations(x, rows, up_proj, activation, transposed, keep):
     width = up_proj.shape[2 if transposed else 1]
     return x.new_empty(rows, width) if keep else x.new_empty(0)
@@ -216,6 +226,15 @@ def _topk_route_backward(
     return (grad, *(None,) * 10)
 
 
+def _gather_rows_setup(ctx, inputs, output):
+    _, _, assignment_row = inputs
+    ctx.save_for_backward(assignment_row)
+
+
+def _gather_rows_backward(ctx, saved, grad_rows):
+    return ops.gather_rows_backward(grad_rows, *saved), None, None
+
+
 def _grouped_ffn_setup(ctx, inputs, output):
     x, *plan_and_parameters = inputs[:8]
     ctx.options = inputs[8:14]
@@ -264,6 +283,7 @@ def _moe_forward_backward(ctx, saved, grad, _preactivations):
 
 _register_gradient("router_logits", _router_logits_setup, _router_logits_backward)
 _register_gradient("topk_route", _topk_route_setup, _topk_route_backward)
+_register_gradient("gather_rows", _gather_rows_setup, _gather_rows_backward)
 _register_gradient("grouped_ffn", _grouped_ffn_setup, _grouped_ffn_backward)
 _register_gradient("weighted_combine", _weighted_combine_setup, _weighted_combine_backward)
 _register_gradient("moe_forward", _moe_forward_setup, _moe_forward_backward)
@@ -273,6 +293,6 @@ def _refuse_double_backward(ctx, saved, *_):
     raise RuntimeError("moe_ext: the gradient of a gradient (double backward) is not supported")
 
 
-for _name in ("router_logits", "topk_route", "grouped_ffn", "weighted_combine"):
+for _name in ("router_logits", "topk_route", "gather_rows", "grouped_ffn", "weighted_combine"):
     _register_gradient(f"{_name}_backward", None, _refuse_double_backward)
 _register_gradient("moe_backward", None, _refuse_double_backward)

@@ -6,7 +6,8 @@
     y = moe_forward(x, route.weights, plan, gate_up_proj, down_proj)
 
 `moe_forward` is `grouped_ffn` and `weighted_combine` in one, and keeps less for
-the backward pass.
+the backward pass. `gather_rows` copies tokens into plan order, for rows that travel:
+`grouped_ffn` needs no such copy.
 
 T tokens, H hidden size, I intermediate size, E experts, K top_k, C capacity. An
 assignment (t, j) is token t's j-th choice; a row is a kept assignment's place in
@@ -246,6 +247,31 @@ def capacity_scatter(
         num_sequences, needs_gradient=False,
     )  # fmt: skip
     return Plan(*plan)
+
+
+def gather_rows(x, plan):
+    """rows[r] = x[row_token[r]]: the tokens in the plan's order, as other ranks want them.
+
+    For expert parallelism: what it returns goes through an all-to-all. `grouped_ffn`
+    and `moe_forward` gather by themselves and need no such copy.
+
+    Args:
+        x: (T, H).
+        plan: of `capacity_scatter`.
+
+    Returns:
+        (R, H) in x's dtype; the tail is 0.
+
+    Differentiable in x: a token's gradient is the sum of its rows' gradients, added in
+    the order of j. 2 R H elements of traffic forward, R H + T H backward.
+    """
+    _refuse_transforms("gather_rows", x)
+    if BACKEND == "reference":
+        return reference.gather_rows(x, plan)
+    needs_gradient = _needs_gradient(x)
+    return _call(
+        "gather_rows", x, plan.row_token, plan.assignment_row, needs_gradient=needs_gradient
+    )
 
 
 def grouped_ffn(

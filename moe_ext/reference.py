@@ -159,6 +159,11 @@ def capacity_scatter(
     )
 
 
+def gather_rows(x, plan):
+    tail = plan.row_token < 0
+    return torch.where(tail[:, None], 0.0, x[plan.row_token.clamp(min=0).long()])
+
+
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,

@@ -4,6 +4,8 @@
 // the rows. All are serial: they take nanoseconds an assignment where the experts
 // take microseconds, and their order is the meaning of "stable".
 
+#include "checks/capacity_scatter.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -15,13 +17,10 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
-
 namespace moe_ext {
 namespace {
 
 constexpr const char* kOp = "capacity_scatter";
-enum DropPolicy { kChoice, kToken, kProbs };
 
 // Assignments as one flat array of ids in 0..E, where E means nobody's.
 struct Assignments {
@@ -113,31 +112,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> capacity_
     const at::Tensor& experts, int64_t num_experts, std::optional<int64_t> capacity,
     const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& padding_mask,
     std::string_view drop_policy, int64_t num_sequences) {
-  check_argument(kOp, "experts", experts, is_index(experts), experts.dim() == 2,
-                 "int32 or int64 of shape (T, K)");
+  const auto [rows, policy] = check_capacity_scatter(experts, num_experts, capacity, weights,
+                                                     padding_mask, drop_policy, num_sequences);
   const int64_t tokens = experts.size(0), top_k = experts.size(1), size = experts.numel();
-  constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();
-  check_value(kOp, "experts", size < kMaxIndex, size, "fewer than 2**31 - 1 assignments T*K");
-  check_value(kOp, "num_experts", num_experts >= 1 && num_experts < kMaxIndex, num_experts,
-              "in 1..2**31 - 2");
-  if (capacity) check_value(kOp, "capacity", *capacity >= 0, *capacity, "None or at least 0");
-  check_value(kOp, "num_sequences", num_sequences >= 1 && tokens % num_sequences == 0,
-              num_sequences, "at least 1 and a divisor of T = ", tokens);
-  const auto policy = static_cast<DropPolicy>(
-      check_name(kOp, "drop_policy", drop_policy, {"choice", "token", "probs"}));
-  if (weights) {
-    check_argument(kOp, "weights", *weights, is_float(*weights),
-                   weights->sizes() == experts.sizes(), "floating point of shape (T, K) = (",
-                   tokens, ", ", top_k, ") like experts");
-    check_same_device(kOp, "weights", *weights, "experts", experts);
-  }
-  TORCH_CHECK_VALUE(!capacity || policy != kProbs || weights, kOp,
-                    ": weights must be given with drop_policy probs, got None");
-  if (padding_mask) {
-    check_padding_mask(kOp, *padding_mask, tokens);
-    check_same_device(kOp, "padding_mask", *padding_mask, "experts", experts);
-  }
-
   const at::Tensor ids = experts.contiguous();
   const at::Tensor mask = padding_mask ? padding_mask->contiguous() : at::Tensor();
   const bool* padding = mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
@@ -146,10 +123,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> capacity_
                     static_cast<int32_t>(num_experts), num_sequences);
   });
 
-  // min(T*K, E*C*num_sequences), whose product may not fit 64 bits.
-  const int64_t buckets = num_experts * num_sequences;
-  const bool limited = capacity && *capacity <= (size - 1) / buckets;
-  const int64_t rows = limited ? *capacity * buckets : size;
   const auto options = experts.options().dtype(at::kInt);
   at::Tensor expert_offsets = at::empty({num_experts + 1}, options);
   at::Tensor row_token = at::empty({rows}, options);

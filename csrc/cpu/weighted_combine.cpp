@@ -4,6 +4,8 @@
 // the inner product in blocks of 256. A dropped assignment adds 0 and gets exactly 0,
 // and so do the rows of the tail.
 
+#include "checks/weighted_combine.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -15,7 +17,6 @@
 #include <array>
 #include <tuple>
 
-#include "checks.h"
 #include "cpu/simd.h"
 
 namespace moe_ext {
@@ -70,40 +71,6 @@ struct CombineRowBackward {
   }
 };
 
-void check(const char* op, const at::Tensor& rows, const at::Tensor& weights,
-           const at::Tensor& row_assignment, const at::Tensor& assignment_row) {
-  check_argument(op, "rows", rows, is_float(rows), rows.dim() == 2,
-                 "float64, float32, bfloat16 or float16 of shape (R, H)");
-  const auto dtype = weights.scalar_type();
-  check_argument(op, "weights", weights,
-                 dtype == rows.scalar_type() || dtype == at::kFloat || dtype == at::kDouble,
-                 weights.dim() == 2, "of rows' dtype ", dtype_name(rows.scalar_type()),
-                 " or float32 or float64, of shape (T, K)");
-  check_argument(op, "row_assignment", row_assignment, row_assignment.scalar_type() == at::kInt,
-                 row_assignment.dim() == 1 && row_assignment.size(0) == rows.size(0),
-                 "int32 of shape (R,), with R = ", rows.size(0));
-  check_argument(op, "assignment_row", assignment_row, assignment_row.scalar_type() == at::kInt,
-                 assignment_row.sizes() == weights.sizes(), "int32 of shape (T, K) = (",
-                 weights.size(0), ", ", weights.size(1), ") like weights");
-  check_same_device(op, "weights", weights, "rows", rows);
-  check_same_device(op, "row_assignment", row_assignment, "rows", rows);
-  check_same_device(op, "assignment_row", assignment_row, "rows", rows);
-}
-
-// Reads the plan, so that no kernel can leave its arrays.
-void check_below(const char* op, const char* name, const at::Tensor& indices, int64_t limit) {
-  const int32_t* index = indices.const_data_ptr<int32_t>();
-  int32_t largest = -1;
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < indices.numel(); ++i) largest = std::max(largest, index[i]);
-  check_value(op, name, largest < limit, largest, "below ", limit);
-}
-
-at::ScalarType accumulation_of(const at::Tensor& rows, const at::Tensor& weights) {
-  return rows.scalar_type() == at::kDouble || weights.scalar_type() == at::kDouble ? at::kDouble
-                                                                                   : at::kFloat;
-}
-
 // Calls f(T{}, A{}) with the rows' type and the accumulation's.
 template <typename F>
 void dispatch(const at::Tensor& rows, at::ScalarType accumulation, const F& f) {
@@ -119,14 +86,13 @@ void dispatch(const at::Tensor& rows, at::ScalarType accumulation, const F& f) {
 
 at::Tensor weighted_combine(const at::Tensor& rows, const at::Tensor& weights,
                             const at::Tensor& row_assignment, const at::Tensor& assignment_row) {
-  constexpr const char* op = "weighted_combine";
-  check(op, rows, weights, row_assignment, assignment_row);
+  check_weighted_combine("weighted_combine", rows, weights, row_assignment, assignment_row);
   const at::Tensor plan = assignment_row.contiguous();
-  check_below(op, "assignment_row", plan, rows.size(0));
+  check_memory_below("weighted_combine", "assignment_row", plan, rows.size(0));
 
   const int64_t tokens = weights.size(0), top_k = weights.size(1), hidden = rows.size(1);
   const at::Tensor r = rows.contiguous();
-  const auto accumulation = accumulation_of(rows, weights);
+  const auto accumulation = combine_accumulation(rows, weights);
   const at::Tensor w = weights.to(accumulation).contiguous();
   at::Tensor y = at::empty({tokens, hidden}, rows.options());
   dispatch(rows, accumulation, [&](auto t, auto a) {
@@ -152,19 +118,13 @@ std::tuple<at::Tensor, at::Tensor> weighted_combine_backward(const at::Tensor& g
                                                              const at::Tensor& row_assignment,
                                                              const at::Tensor& assignment_row,
                                                              std::array<bool, 2> output_mask) {
-  constexpr const char* op = "weighted_combine_backward";
-  check(op, rows, weights, row_assignment, assignment_row);
-  const int64_t tokens = weights.size(0), top_k = weights.size(1), hidden = rows.size(1);
-  check_argument(op, "grad", grad, grad.scalar_type() == rows.scalar_type(),
-                 grad.dim() == 2 && grad.size(0) == tokens && grad.size(1) == hidden,
-                 "of rows' dtype ", dtype_name(rows.scalar_type()), " and shape (T, H) = (", tokens,
-                 ", ", hidden, ")");
-  check_same_device(op, "grad", grad, "rows", rows);
+  check_weighted_combine_backward(grad, rows, weights, row_assignment, assignment_row);
+  const int64_t top_k = weights.size(1), hidden = rows.size(1);
   const at::Tensor plan = row_assignment.contiguous();
-  check_below(op, "row_assignment", plan, weights.numel());
+  check_memory_below("weighted_combine_backward", "row_assignment", plan, weights.numel());
 
   const at::Tensor dy = grad.contiguous(), r = rows.contiguous();
-  const auto accumulation = accumulation_of(rows, weights);
+  const auto accumulation = combine_accumulation(rows, weights);
   const at::Tensor w = weights.to(accumulation).contiguous();
   at::Tensor drows =
       output_mask[0] ? at::empty(rows.sizes(), rows.options()) : at::empty({0}, rows.options());

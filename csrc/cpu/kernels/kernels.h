@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "../../activation.h"
+
 namespace moe_ext::cpu {
 
 enum class Dtype { f64, f32, bf16, f16 };
@@ -21,18 +23,8 @@ constexpr int64_t size_of(Dtype dtype) {
   return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
 }
 
-enum class Activation { silu, gelu, gelu_tanh, relu, relu2 };
-
-// How preactivations become activations: phi(g) or, with a gate,
-// phi(min(g, limit)) * (clamp(u, -limit, limit) + up_offset).
-struct ActivationSpec {
-  Activation phi;
-  bool gated;
-  bool interleaved;  // a row of preactivations is g0 u0 g1 u1 ... instead of g0 g1 ... u0 u1 ...
-  double limit;      // infinity: no clamp
-  double alpha;      // silu is g * sigmoid(alpha * g)
-  double up_offset;
-};
+using moe_ext::Activation;
+using moe_ext::ActivationSpec;
 
 // Rows in memory: row r starts at data + (index ? index[r] : r) * stride elements.
 struct Rows {

@@ -14,6 +14,8 @@
 #include <c10/util/Exception.h>
 #include <cuda_runtime_api.h>
 
+#include "cuda/kernels/dtypes.h"
+
 #ifdef MOE_EXT_EMULATOR
 #include "emulator/emulator.h"
 #define MOE_EXT_CUDA_KEY CPU
@@ -58,6 +60,21 @@ class OnDevice {
 };
 
 #endif
+
+// A tensor's dtype in the kernels' words; the op's checks have let nothing else through.
+inline cuda::Dtype dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      return cuda::Dtype::f64;
+    case at::kFloat:
+      return cuda::Dtype::f32;
+    case at::kBFloat16:
+      return cuda::Dtype::bf16;
+    default:
+      TORCH_INTERNAL_ASSERT(tensor.scalar_type() == at::kHalf);
+      return cuda::Dtype::f16;
+  }
+}
 
 // Every launcher's result goes through this.
 inline void check_launch(const char* op, cudaError_t error) {

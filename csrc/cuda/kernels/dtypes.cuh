@@ -50,6 +50,24 @@ __device__ __forceinline__ C load_as(const void* data, Dtype dtype, int64_t inde
   }
 }
 
+// The same for storing, rounded.
+template <class C>
+__device__ __forceinline__ void store_as(void* data, Dtype dtype, int64_t index, C value) {
+  switch (dtype) {
+    case Dtype::f64:
+      static_cast<double*>(data)[index] = static_cast<double>(value);
+      break;
+    case Dtype::f32:
+      static_cast<float*>(data)[index] = static_cast<float>(value);
+      break;
+    case Dtype::bf16:
+      round_to(static_cast<bf16*>(data)[index], static_cast<float>(value));
+      break;
+    default:
+      round_to(static_cast<f16*>(data)[index], static_cast<float>(value));
+  }
+}
+
 // N neighbouring elements that one instruction can move, where they are aligned.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {

@@ -6,31 +6,22 @@
 // Tokens are added in blocks of 256, and the blocks in order, so the result does not
 // depend on the number of threads.
 
+#include "checks/accumulate_stats.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/simd.h"
-
-namespace torch::autograd {
-// From torch/csrc/autograd/graph_task.h, which would bring the whole engine along:
-// -1 outside of a backward pass.
-TORCH_API int get_current_graph_task_id();
-}  // namespace torch::autograd
 
 namespace moe_ext {
 namespace {
 
 constexpr const char* kOp = "accumulate_stats";
 constexpr int64_t kBlock = 256;
-
-// The slots of `totals`; moe_ext/reference.py has the same list.
-enum Slot { kTokens, kAssignments, kDropped, kLostTokens, kEntropy, kMaxLogit, kForwards, kSlots };
 
 struct BlockTotals {
   int64_t tokens = 0, assignments = 0, dropped = 0, lost = 0;
@@ -112,41 +103,12 @@ void accumulate_stats(at::Tensor& counts, at::Tensor& score_sums, at::Tensor& to
                       const std::optional<at::Tensor>& assignment_row,
                       const std::optional<at::Tensor>& padding_mask,
                       std::string_view score_function) {
-  check_argument(kOp, "logits", logits, is_float(logits), logits.dim() == 2,
-                 "float64, float32, bfloat16 or float16 of shape (T, E)");
+  const bool is_sigmoid =
+      check_accumulate_stats(counts, score_sums, totals, step_counts, logits, experts,
+                             expert_counts, route_score_sums, assignment_row, padding_mask,
+                             score_function) == kSigmoid;
+  if (is_recomputation()) return;
   const int64_t tokens = logits.size(0), num_experts = logits.size(1);
-  const auto is_vector = [](const at::Tensor& t, int64_t size) {
-    return t.dim() == 1 && t.size(0) == size && t.is_contiguous();
-  };
-  const auto check_sums = [&](const char* name, const at::Tensor& t, at::ScalarType dtype,
-                              int64_t size) {
-    check_argument(kOp, name, t, t.scalar_type() == dtype, is_vector(t, size), dtype_name(dtype),
-                   " and contiguous of shape (", size, ",)");
-  };
-  check_sums("counts", counts, at::kLong, num_experts);
-  check_sums("score_sums", score_sums, at::kDouble, num_experts);
-  check_sums("totals", totals, at::kDouble, kSlots);
-  if (step_counts) check_sums("step_counts", *step_counts, at::kLong, num_experts);
-  check_argument(kOp, "experts", experts, is_index(experts),
-                 experts.dim() == 2 && experts.size(0) == tokens,
-                 "int32 or int64 of shape (T, K), with T = ", tokens);
-  check_argument(kOp, "expert_counts", expert_counts, expert_counts.scalar_type() == at::kInt,
-                 expert_counts.dim() == 1 && expert_counts.size(0) == num_experts,
-                 "int32 of shape (E,), with E = ", num_experts);
-  check_argument(
-      kOp, "route_score_sums", route_score_sums,
-      route_score_sums.scalar_type() == at::kFloat || route_score_sums.scalar_type() == at::kDouble,
-      route_score_sums.dim() == 1 && route_score_sums.size(0) == num_experts,
-      "float32 or float64 of shape (E,), with E = ", num_experts);
-  if (assignment_row)
-    check_argument(
-        kOp, "assignment_row", *assignment_row, assignment_row->scalar_type() == at::kInt,
-        assignment_row->sizes() == experts.sizes(), "int32 of shape (T, K) like experts");
-  if (padding_mask) check_padding_mask(kOp, *padding_mask, tokens);
-  const bool is_sigmoid = check_name(kOp, "score_function", score_function,
-                                     {"softmax", "sigmoid", "softmax_topk"}) == 1;
-
-  if (torch::autograd::get_current_graph_task_id() != -1) return;
 
   const at::Tensor l = logits.contiguous(), ids = experts.contiguous();
   const at::Tensor rows = assignment_row ? assignment_row->contiguous() : at::Tensor();

@@ -8,25 +8,16 @@
 #include <vector>
 
 #include "cpu/simd.h"
+#include "routing.h"
 
 namespace moe_ext {
 
 constexpr int64_t kLanes = 16;  // the widest vector, in float32
 
-enum ScoreFunction { kSoftmax, kSigmoid, kSoftmaxTopk };
-enum GroupScore { kMax, kTop2Sum };
-
-struct RouteOptions {
-  int64_t num_experts, top_k;
-  ScoreFunction score_function;
-  bool norm_topk_prob;
-  double scale;
-  int64_t n_group, topk_group;
-  GroupScore group_score;
-  bool replay;
-
-  int64_t padded() const { return (num_experts + kLanes - 1) / kLanes * kLanes; }
-};
+// E in whole vectors.
+inline int64_t padded(const RouteOptions& o) {
+  return (o.num_experts + kLanes - 1) / kLanes * kLanes;
+}
 
 template <typename A>
 constexpr A kInf = std::numeric_limits<A>::infinity();
@@ -35,14 +26,14 @@ constexpr A kInf = std::numeric_limits<A>::infinity();
 template <typename A>
 struct RouteRow {
   explicit RouteRow(const RouteOptions& o)
-      : logits(o.padded(), -kInf<A>), exps(o.padded()), scores(o.padded()) {}
+      : logits(padded(o), -kInf<A>), exps(padded(o)), scores(padded(o)) {}
   std::vector<A> logits, exps, scores;  // exps: exp(logit - max)
   A exp_sum, score_sum, logsumexp;
 };
 
 template <typename T, typename A>
 MOE_EXT_INLINE void read_row(RouteRow<A>& row, const T* source, const RouteOptions& o) {
-  const int64_t padded = o.padded();
+  const int64_t size = padded(o);
   A* logits = row.logits.data();
   A* exps = row.exps.data();
   A* scores = row.scores.data();
@@ -51,13 +42,13 @@ MOE_EXT_INLINE void read_row(RouteRow<A>& row, const T* source, const RouteOptio
   A max = -kInf<A>;
   int32_t nan = 0;
 #pragma omp simd reduction(max : max) reduction(| : nan)
-  for (int64_t e = 0; e < padded; ++e) {
+  for (int64_t e = 0; e < size; ++e) {
     max = logits[e] > max ? logits[e] : max;
     nan |= logits[e] != logits[e];
   }
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t e = 0; e < padded; ++e) {
+  for (int64_t e = 0; e < size; ++e) {
     exps[e] = exp_nonpositive(logits[e] - max);
     sum += exps[e];
   }
@@ -66,14 +57,14 @@ MOE_EXT_INLINE void read_row(RouteRow<A>& row, const T* source, const RouteOptio
   if (o.score_function == kSigmoid) {
     A total = 0;
 #pragma omp simd reduction(+ : total)
-    for (int64_t e = 0; e < padded; ++e) {
+    for (int64_t e = 0; e < size; ++e) {
       scores[e] = sigmoid(logits[e]);
       total += scores[e];
     }
     row.score_sum = total;
   } else {
 #pragma omp simd
-    for (int64_t e = 0; e < padded; ++e) scores[e] = exps[e] / sum;
+    for (int64_t e = 0; e < size; ++e) scores[e] = exps[e] / sum;
     row.score_sum = 1;
   }
 }

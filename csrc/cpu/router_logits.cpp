@@ -7,6 +7,8 @@
 //             are added as a tree, then slab after slab, so no lane adds more than 64;
 //   backward  over E (dx) or T (dW) in slabs of 256, in ascending order.
 
+#include "checks/router_logits.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -18,7 +20,6 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/simd.h"
 
 namespace moe_ext {
@@ -317,17 +318,6 @@ void sum_rows(const A* a, int64_t T, int64_t E, A* out) {
   for (int64_t e = 0; e < E; ++e) out[e] = static_cast<A>(sum[e]);
 }
 
-at::ScalarType check(const char* op, const at::Tensor& x, const at::Tensor& weight) {
-  check_argument(op, "x", x, is_float(x), x.dim() == 2,
-                 "float64, float32, bfloat16 or float16 of shape (T, H)");
-  check_argument(op, "weight", weight, is_float(weight),
-                 weight.dim() == 2 && weight.size(1) == x.size(1),
-                 "float64, float32, bfloat16 or float16 of shape (E, H), with H = ", x.size(1));
-  check_same_device(op, "weight", weight, "x", x);
-  const bool is_double = x.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble;
-  return is_double ? at::kDouble : at::kFloat;
-}
-
 // Calls f(A{}) with the accumulation's type.
 template <typename F>
 void dispatch(at::ScalarType accumulation, const F& f) {
@@ -336,14 +326,8 @@ void dispatch(at::ScalarType accumulation, const F& f) {
 
 at::Tensor router_logits(const at::Tensor& x, const at::Tensor& weight,
                          const std::optional<at::Tensor>& bias) {
-  constexpr const char* op = "router_logits";
-  const auto accumulation = check(op, x, weight);
+  const auto accumulation = check_router_logits(x, weight, bias);
   const int64_t T = x.size(0), E = weight.size(0);
-  if (bias) {
-    check_argument(op, "bias", *bias, is_float(*bias), bias->dim() == 1 && bias->size(0) == E,
-                   "floating point of shape (E,) = (", E, ",)");
-    check_same_device(op, "bias", *bias, "x", x);
-  }
   const at::Tensor b = bias ? bias->to(accumulation).contiguous() : at::Tensor();
   at::Tensor logits = at::empty({T, E}, x.options().dtype(accumulation));
   dispatch(accumulation, [&](auto a) {
@@ -357,13 +341,8 @@ at::Tensor router_logits(const at::Tensor& x, const at::Tensor& weight,
 std::tuple<at::Tensor, at::Tensor, at::Tensor> router_logits_backward(
     const at::Tensor& grad_logits, const at::Tensor& x, const at::Tensor& weight,
     std::array<bool, 3> output_mask) {
-  constexpr const char* op = "router_logits_backward";
-  const auto accumulation = check(op, x, weight);
+  const auto accumulation = check_router_logits_backward(grad_logits, x, weight);
   const int64_t T = x.size(0), E = weight.size(0);
-  check_argument(op, "grad_logits", grad_logits, grad_logits.scalar_type() == accumulation,
-                 grad_logits.dim() == 2 && grad_logits.size(0) == T && grad_logits.size(1) == E,
-                 dtype_name(accumulation), " of shape (T, E) = (", T, ", ", E, ")");
-  check_same_device(op, "grad_logits", grad_logits, "x", x);
   const at::Tensor grad = grad_logits.contiguous();
   const auto shape = [&](bool wanted, const at::Tensor& like) {
     return wanted ? like.sizes().vec() : std::vector<int64_t>{0};

@@ -7,6 +7,8 @@
 // below them is one more key for what may not be chosen, so an id is always in range.
 // score_sums is summed over blocks of 256 tokens, then over the blocks in float64.
 
+#include "checks/topk_route.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -19,7 +21,6 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/route_row.h"
 #include "cpu/simd.h"
 
@@ -63,7 +64,7 @@ MOE_EXT_INLINE int32_t take_best(Key* keys, int64_t padded) {
 template <typename A>
 struct Chooser {
   Chooser(const RouteOptions& o, const A* bias)
-      : o(o), bias(bias), keys(o.padded()), order(o.num_experts), group_scores(o.n_group) {}
+      : o(o), bias(bias), keys(padded(o)), order(o.num_experts), group_scores(o.n_group) {}
 
   MOE_EXT_INLINE void choose(const A* scores, int32_t* experts) {
     const int64_t E = o.num_experts;
@@ -82,7 +83,7 @@ struct Chooser {
       sort_best(keys.data(), E, o.top_k);
       std::copy_n(order.begin(), o.top_k, experts);
     } else {
-      for (int64_t j = 0; j < o.top_k; ++j) experts[j] = take_best(key, o.padded());
+      for (int64_t j = 0; j < o.top_k; ++j) experts[j] = take_best(key, padded(o));
     }
   }
 
@@ -260,74 +261,16 @@ at::Tensor read_experts(const char* op, const at::Tensor& experts) {
   return copy;
 }
 
-void check_common(const char* op, const at::Tensor& logits,
-                  const std::optional<at::Tensor>& padding_mask) {
-  check_argument(op, "logits", logits, is_float(logits), logits.dim() == 2 && logits.size(1) >= 1,
-                 "float64, float32, bfloat16 or float16 of shape (T, E), E at least 1");
-  if (padding_mask) {
-    check_padding_mask(op, *padding_mask, logits.size(0));
-    check_same_device(op, "padding_mask", *padding_mask, "logits", logits);
-  }
-}
-
-void check_experts(const char* op, const at::Tensor& experts, const at::Tensor& logits,
-                   int64_t top_k) {
-  check_argument(
-      op, "experts", experts, is_index(experts),
-      experts.dim() == 2 && experts.size(0) == logits.size(0) && experts.size(1) == top_k,
-      "int32 or int64 of shape (T, K) = (", logits.size(0), ", ", top_k, ")");
-  check_same_device(op, "experts", experts, "logits", logits);
-}
-
-ScoreFunction score_function_of(const char* op, std::string_view name) {
-  return static_cast<ScoreFunction>(
-      check_name(op, "score_function", name, {"softmax", "sigmoid", "softmax_topk"}));
-}
-
-RouteOptions check_options(const at::Tensor& logits, int64_t top_k, std::string_view score_function,
-                           bool norm_topk_prob, double routed_scaling_factor, int64_t n_group,
-                           int64_t topk_group, std::string_view group_score) {
-  constexpr const char* op = "topk_route";
-  const int64_t E = logits.size(1);
-  check_value(op, "top_k", top_k >= 1 && top_k <= E, top_k, "in 1..E = ", E);
-  check_value(op, "n_group", n_group >= 1 && E % n_group == 0, n_group,
-              "at least 1 and a divisor of E = ", E);
-  check_value(op, "topk_group", topk_group >= 1 && topk_group <= n_group, topk_group,
-              "in 1..n_group = ", n_group);
-  check_value(op, "top_k", top_k <= topk_group * (E / n_group), top_k,
-              "at most the experts of topk_group groups, ", topk_group * (E / n_group));
-  const auto group =
-      static_cast<GroupScore>(check_name(op, "group_score", group_score, {"max", "top2_sum"}));
-  return {E,
-          top_k,
-          score_function_of(op, score_function),
-          norm_topk_prob,
-          routed_scaling_factor,
-          n_group,
-          topk_group,
-          group,
-          /*replay=*/false};
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> topk_route(
     const at::Tensor& logits, int64_t top_k, const std::optional<at::Tensor>& selection_bias,
     const std::optional<at::Tensor>& padding_mask, const std::optional<at::Tensor>& experts,
     std::string_view score_function, bool norm_topk_prob, double routed_scaling_factor,
     int64_t n_group, int64_t topk_group, std::string_view group_score) {
-  constexpr const char* op = "topk_route";
-  check_common(op, logits, padding_mask);
-  RouteOptions o = check_options(logits, top_k, score_function, norm_topk_prob,
-                                 routed_scaling_factor, n_group, topk_group, group_score);
+  const RouteOptions o =
+      check_topk_route(logits, top_k, selection_bias, padding_mask, experts, score_function,
+                       norm_topk_prob, routed_scaling_factor, n_group, topk_group, group_score);
   const int64_t T = logits.size(0), E = logits.size(1);
-  if (selection_bias) {
-    check_argument(op, "selection_bias", *selection_bias, is_float(*selection_bias),
-                   selection_bias->dim() == 1 && selection_bias->size(0) == E,
-                   "floating point of shape (E,) = (", E, ",)");
-    check_same_device(op, "selection_bias", *selection_bias, "logits", logits);
-  }
-  if (experts) check_experts(op, *experts, logits, top_k);
-  o.replay = experts.has_value();
-  at::Tensor chosen = o.replay ? read_experts(op, *experts)
+  at::Tensor chosen = o.replay ? read_experts("topk_route", *experts)
                                : at::empty({T, top_k}, logits.options().dtype(at::kInt));
 
   const bool is_double = logits.scalar_type() == at::kDouble;
@@ -381,34 +324,19 @@ at::Tensor topk_route_backward(const std::optional<at::Tensor>& grad_weights,
                                const std::optional<at::Tensor>& padding_mask,
                                std::string_view score_function, bool norm_topk_prob,
                                double routed_scaling_factor) {
-  constexpr const char* op = "topk_route_backward";
-  check_common(op, logits, padding_mask);
+  const RouteOptions o = check_topk_route_backward(grad_weights, grad_score_sums, grad_logsumexp,
+                                                   logits, experts, padding_mask, score_function,
+                                                   norm_topk_prob, routed_scaling_factor);
   const int64_t T = logits.size(0), E = logits.size(1);
-  check_experts(op, experts, logits, experts.dim() == 2 ? experts.size(1) : 0);
-  const int64_t K = experts.size(1);
-  const RouteOptions o{E,
-                       K,
-                       score_function_of(op, score_function),
-                       norm_topk_prob,
-                       routed_scaling_factor,
-                       1,
-                       1,
-                       kMax,
-                       /*replay=*/true};
-  const auto accumulation = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const auto read = [&](const char* name, const std::optional<at::Tensor>& grad,
-                        at::IntArrayRef shape) {
-    if (!grad) return at::Tensor();
-    check_argument(op, name, *grad, grad->scalar_type() == accumulation, grad->sizes() == shape,
-                   dtype_name(accumulation), " of shape ", shape);
-    check_same_device(op, name, *grad, "logits", logits);
-    return grad->contiguous();
+  const auto read = [](const std::optional<at::Tensor>& grad) {
+    return grad ? grad->contiguous() : at::Tensor();
   };
-  const at::Tensor dweights = read("grad_weights", grad_weights, {T, K});
-  const at::Tensor dscore_sums = read("grad_score_sums", grad_score_sums, {E});
-  const at::Tensor dlogsumexp = read("grad_logsumexp", grad_logsumexp, {T});
+  const at::Tensor dweights = read(grad_weights);
+  const at::Tensor dscore_sums = read(grad_score_sums);
+  const at::Tensor dlogsumexp = read(grad_logsumexp);
 
-  const at::Tensor l = logits.contiguous(), ids = read_experts(op, experts);
+  const at::Tensor l = logits.contiguous();
+  const at::Tensor ids = read_experts("topk_route_backward", experts);
   const at::Tensor mask = padding_mask ? padding_mask->contiguous() : at::Tensor();
   at::Tensor dlogits = at::empty({T, E}, logits.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, l.scalar_type(), "topk_route", [&] {

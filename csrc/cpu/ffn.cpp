@@ -14,11 +14,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <limits>
+#include <utility>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/memory.h"
 
 namespace moe_ext::cpu {
@@ -45,106 +43,20 @@ at::Tensor with_unit_stride(const at::Tensor& weight) {
   return weight.stride(1) == 1 || weight.stride(2) == 1 ? weight : weight.contiguous();
 }
 
-struct NamedActivation {
-  Activation phi;
-  bool gated;
-};
-constexpr NamedActivation kActivations[] = {
-    {Activation::silu, true},       {Activation::gelu, true},  {Activation::gelu_tanh, true},
-    {Activation::relu, true},       {Activation::silu, false}, {Activation::gelu, false},
-    {Activation::gelu_tanh, false}, {Activation::relu, false}, {Activation::relu2, false}};
-
 }  // namespace
 
-Experts check_experts(const char* op, const at::Tensor& x, const at::Tensor& expert_offsets,
-                      const at::Tensor& row_token, const at::Tensor& assignment_row,
-                      const at::Tensor& up_proj, const at::Tensor& down_proj,
-                      const std::optional<at::Tensor>& up_bias,
-                      const std::optional<at::Tensor>& down_bias, std::string_view activation,
-                      std::optional<double> limit, double alpha, double up_offset, bool transposed,
-                      bool interleaved) {
-  check_argument(op, "x", x, is_float(x), x.dim() == 2,
-                 "float64, float32, bfloat16 or float16 of shape (T, H)");
-  const int name = check_name(
-      op, "activation", activation,
-      {"swiglu", "geglu", "geglu_tanh", "reglu", "silu", "gelu", "gelu_tanh", "relu", "relu2"});
-  const auto [phi, gated] = kActivations[name];
-  const int64_t hidden = x.size(1);
-  const char* dtype = dtype_name(x.scalar_type());
-  const auto same_dtype = [&](const at::Tensor& t) { return t.scalar_type() == x.scalar_type(); };
-
-  const int64_t out = transposed ? 2 : 1, in = transposed ? 1 : 2;
-  check_argument(
-      op, "up_proj", up_proj, same_dtype(up_proj),
-      up_proj.dim() == 3 && up_proj.size(in) == hidden && (!gated || up_proj.size(out) % 2 == 0),
-      "of x's dtype ", dtype, " and shape ",
-      transposed ? (gated ? "(E, H, 2I)" : "(E, H, I)") : (gated ? "(E, 2I, H)" : "(E, I, H)"),
-      " for ", activation, ", with H = ", hidden);
-  const int64_t experts = up_proj.size(0), width = up_proj.size(out);
-  const int64_t intermediate = gated ? width / 2 : width;
-  check_argument(op, "down_proj", down_proj, same_dtype(down_proj),
-                 down_proj.dim() == 3 && down_proj.size(0) == experts &&
-                     down_proj.size(out) == hidden && down_proj.size(in) == intermediate,
-                 "of x's dtype ", dtype, " and shape ", transposed ? "(E, I, H)" : "(E, H, I)",
-                 ", with E = ", experts, ", H = ", hidden, ", I = ", intermediate);
-  const auto check_bias = [&](const char* bias_name, const std::optional<at::Tensor>& bias,
-                              int64_t size) {
-    if (!bias) return;
-    check_argument(op, bias_name, *bias, same_dtype(*bias),
-                   bias->dim() == 2 && bias->size(0) == experts && bias->size(1) == size,
-                   "of x's dtype ", dtype, " and shape (", experts, ", ", size, ")");
-    check_same_device(op, bias_name, *bias, "x", x);
-  };
-  check_bias("up_bias", up_bias, width);
-  check_bias("down_bias", down_bias, hidden);
-  check_same_device(op, "up_proj", up_proj, "x", x);
-  check_same_device(op, "down_proj", down_proj, "x", x);
-  check_plan(op, expert_offsets, row_token, std::nullopt, assignment_row, x.size(0), experts);
-  check_same_device(op, "expert_offsets", expert_offsets, "x", x);
-
-  check_value(op, "limit", !limit || (gated && *limit > 0), limit.value_or(0),
-              "above 0 and go with a gated activation");
-  check_value(op, "alpha", alpha == 1.0 || activation == "swiglu", alpha, "1 unless swiglu");
-  check_value(op, "alpha", std::isfinite(alpha), alpha, "finite");
-  check_value(op, "up_offset", std::isfinite(up_offset) && (up_offset == 0.0 || gated), up_offset,
-              "finite, and 0 without a gate");
-  check_value(op, "interleaved", !interleaved || gated, interleaved, "False without a gate");
-
-  Experts call{x.stride(1) == 1 ? x : x.contiguous(),
-               expert_offsets.contiguous(),
-               row_token.contiguous(),
-               assignment_row.contiguous(),
-               with_unit_stride(up_proj),
-               with_unit_stride(down_proj),
-               up_bias ? *up_bias : at::Tensor(),
-               down_bias ? *down_bias : at::Tensor(),
-               {phi, gated, interleaved, limit.value_or(std::numeric_limits<double>::infinity()),
-                alpha, up_offset},
-               transposed,
-               x.size(0),
-               hidden,
-               intermediate,
-               width,
-               experts,
-               assignment_row.size(1),
-               row_token.size(0),
-               0,
-               dtype_of(x)};
+Experts check_memory(const char* op, FfnCall arguments) {
+  Experts call{std::move(arguments)};
+  call.up_proj = with_unit_stride(call.up_proj);
+  call.down_proj = with_unit_stride(call.down_proj);
+  call.dtype = dtype_of(call.x);
   check_plan_memory(op, call.expert_offsets, call.row_token, call.tokens);
-  call.kept = call.offsets()[experts];
+  call.kept = call.offsets()[call.experts];
   const int32_t* row = call.assignment_row.const_data_ptr<int32_t>();
   bool ok = true;
   for (int64_t a = 0; a < call.assignment_row.numel(); ++a) ok &= row[a] < call.kept;
   TORCH_CHECK_VALUE(ok, op, ": assignment_row must be below expert_offsets[E] = ", call.kept);
   return call;
-}
-
-at::Tensor check_preactivations(const char* op, const Experts& experts, const at::Tensor& tensor) {
-  check_argument(
-      op, "preactivations", tensor, tensor.scalar_type() == experts.x.scalar_type(),
-      tensor.dim() == 2 && tensor.size(0) == experts.rows && tensor.size(1) == experts.width,
-      "the second result of the forward op, of shape (", experts.rows, ", ", experts.width, ")");
-  return tensor.contiguous();
 }
 
 at::Tensor preactivations_of(const Experts& experts, bool keep) {

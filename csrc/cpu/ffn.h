@@ -9,36 +9,22 @@
 
 #include <array>
 #include <cstdint>
-#include <optional>
-#include <string_view>
 
+#include "checks/ffn.h"
 #include "kernels/kernels.h"
 
 namespace moe_ext::cpu {
 
-// A call's experts, plan and options, checked; all sizes and strides are here.
-struct Experts {
-  at::Tensor x, expert_offsets, row_token, assignment_row;  // (T, H), the plan
-  at::Tensor up_proj, down_proj, up_bias, down_bias;        // biases may be undefined
-  ActivationSpec spec;
-  bool transposed;
-
-  int64_t tokens, hidden, intermediate, width, experts, top_k;  // width: of a preactivation row
-  int64_t rows, kept;  // R, and how many of them hold something
-  Dtype dtype;
+// A call with what only a CPU's plan can tell, and weights whose matrices have a stride of 1.
+struct Experts : FfnCall {
+  int64_t kept = 0;  // how many of the R rows hold something
+  Dtype dtype = Dtype::f32;
 
   const int32_t* offsets() const { return expert_offsets.const_data_ptr<int32_t>(); }
 };
 
-Experts check_experts(const char* op, const at::Tensor& x, const at::Tensor& expert_offsets,
-                      const at::Tensor& row_token, const at::Tensor& assignment_row,
-                      const at::Tensor& up_proj, const at::Tensor& down_proj,
-                      const std::optional<at::Tensor>& up_bias,
-                      const std::optional<at::Tensor>& down_bias, std::string_view activation,
-                      std::optional<double> limit, double alpha, double up_offset, bool transposed,
-                      bool interleaved);
-
-at::Tensor check_preactivations(const char* op, const Experts& experts, const at::Tensor& tensor);
+// Reads the plan, so that no kernel can leave its arrays.
+Experts check_memory(const char* op, FfnCall arguments);
 
 // Room for the preactivations that a backward pass needs, its tail zero; shape (0) if none does.
 at::Tensor preactivations_of(const Experts& experts, bool keep);

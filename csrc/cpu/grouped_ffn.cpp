@@ -23,9 +23,10 @@ std::tuple<at::Tensor, at::Tensor> grouped_ffn(
     const OptionalTensor& up_bias, const OptionalTensor& down_bias, std::string_view activation,
     std::optional<double> limit, double alpha, double up_offset, bool transposed, bool interleaved,
     bool keep_preactivations, bool /*batch_invariant: always*/) {
-  const Experts call = check_experts("grouped_ffn", x, expert_offsets, row_token, assignment_row,
-                                     up_proj, down_proj, up_bias, down_bias, activation, limit,
-                                     alpha, up_offset, transposed, interleaved);
+  const Experts call = check_memory(
+      "grouped_ffn",
+      check_ffn("grouped_ffn", x, expert_offsets, row_token, assignment_row, up_proj, down_proj,
+                up_bias, down_bias, activation, limit, alpha, up_offset, transposed, interleaved));
   at::Tensor rows = at::empty({call.rows, call.hidden}, x.options());
   at::Tensor kept = preactivations_of(call, keep_preactivations);
   with_compute_type(call, [&](auto t) {
@@ -44,19 +45,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> grouped_f
     double alpha, double up_offset, bool transposed, bool interleaved,
     std::array<bool, 5> output_mask) {
   constexpr const char* op = "grouped_ffn_backward";
-  const Experts call =
-      check_experts(op, x, expert_offsets, row_token, assignment_row, up_proj, down_proj, up_bias,
-                    down_bias, activation, limit, alpha, up_offset, transposed, interleaved);
-  check_argument(
-      op, "grad_rows", grad_rows, grad_rows.scalar_type() == x.scalar_type(),
-      grad_rows.dim() == 2 && grad_rows.size(0) == call.rows && grad_rows.size(1) == call.hidden,
-      "of x's dtype and shape (", call.rows, ", ", call.hidden, ")");
+  const Experts call = check_memory(
+      op, check_ffn(op, x, expert_offsets, row_token, assignment_row, up_proj, down_proj, up_bias,
+                    down_bias, activation, limit, alpha, up_offset, transposed, interleaved));
+  const at::Tensor upstream = check_upstream(op, "grad_rows", call, grad_rows, call.rows);
   const at::Tensor kept = check_preactivations(op, call, preactivations);
-  const at::Tensor upstream = grad_rows.contiguous();
   const FfnGradients g = with_compute_type(call, [&](auto t) {
-    return ffn_backward<decltype(t)>(call,
-                                     {upstream.const_data_ptr(), call.dtype, call.hidden, nullptr},
-                                     nullptr, nullptr, kept, output_mask);
+    return ffn_backward<decltype(t)>(
+        call, {upstream.const_data_ptr(), call.dtype, upstream.stride(0), nullptr}, nullptr,
+        nullptr, kept, output_mask);
   });
   return {g.x, g.up_proj, g.down_proj, g.up_bias, g.down_bias};
 }

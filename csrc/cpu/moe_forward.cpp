@@ -23,14 +23,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 template <class T>
 at::Tensor check_weights(const char* op, const Experts& call, const at::Tensor& weights,
                          const at::Tensor& row_assignment) {
-  const at::ScalarType dtype = weights.scalar_type();
-  check_argument(op, "weights", weights, dtype == call.x.scalar_type() || dtype == at::kFloat,
-                 weights.dim() == 2 && weights.sizes() == call.assignment_row.sizes(),
-                 "float32 or of x's dtype ", dtype_name(call.x.scalar_type()),
-                 ", of shape (T, K) = (", call.tokens, ", ", call.top_k, ")");
-  check_same_device(op, "weights", weights, "x", call.x);
-  check_plan(op, call.expert_offsets, call.row_token, row_assignment, call.assignment_row,
-             call.tokens, call.experts);
+  check_routing(op, call, weights, row_assignment);
   return weights.to(sizeof(T) == 8 ? at::kDouble : at::kFloat).contiguous();
 }
 
@@ -42,9 +35,9 @@ std::tuple<at::Tensor, at::Tensor> moe_forward(
     double alpha, double up_offset, bool transposed, bool interleaved, bool keep_preactivations,
     bool /*batch_invariant: always*/) {
   constexpr const char* op = "moe_forward";
-  const Experts call =
-      check_experts(op, x, expert_offsets, row_token, assignment_row, up_proj, down_proj, up_bias,
-                    down_bias, activation, limit, alpha, up_offset, transposed, interleaved);
+  const Experts call = check_memory(
+      op, check_ffn(op, x, expert_offsets, row_token, assignment_row, up_proj, down_proj, up_bias,
+                    down_bias, activation, limit, alpha, up_offset, transposed, interleaved));
   at::Tensor y = at::empty({call.tokens, call.hidden}, x.options());
   at::Tensor kept = preactivations_of(call, keep_preactivations);
   with_compute_type(call, [&](auto t) {
@@ -68,13 +61,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     std::string_view activation, std::optional<double> limit, double alpha, double up_offset,
     bool transposed, bool interleaved, std::array<bool, 6> output_mask) {
   constexpr const char* op = "moe_backward";
-  const Experts call =
-      check_experts(op, x, expert_offsets, row_token, assignment_row, up_proj, down_proj, up_bias,
-                    down_bias, activation, limit, alpha, up_offset, transposed, interleaved);
-  check_argument(op, "grad", grad, grad.scalar_type() == x.scalar_type(), grad.sizes() == x.sizes(),
-                 "of x's dtype and shape (", call.tokens, ", ", call.hidden, ")");
+  const Experts call = check_memory(
+      op, check_ffn(op, x, expert_offsets, row_token, assignment_row, up_proj, down_proj, up_bias,
+                    down_bias, activation, limit, alpha, up_offset, transposed, interleaved));
+  const at::Tensor dy = check_upstream(op, "grad", call, grad, call.tokens);
   const at::Tensor kept = check_preactivations(op, call, preactivations);
-  const at::Tensor dy = grad.stride(1) == 1 ? grad : grad.contiguous();
   const at::Tensor assignments = row_assignment.contiguous();
   at::Tensor dweights;
   const FfnGradients g = with_compute_type(call, [&](auto t) {

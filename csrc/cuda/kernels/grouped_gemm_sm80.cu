@@ -1,0 +1,79 @@
+// Which products the tensor cores of sm_80 can take, and the way to their dtype's kernels.
+
+#include "dtypes.cuh"
+#include "grouped_gemm_sm80.h"
+#include "tiles.cuh"
+
+namespace moe_ext::cuda {
+namespace {
+
+constexpr int64_t kMostBlocks = 0x7fffffff;  // of a grid, and of an int
+
+bool has_dtype(const GemmContext& context) {
+  if (context.sm < 80) return false;
+  return context.dtype == Dtype::bf16 || context.dtype == Dtype::f16 ||
+         (context.dtype == Dtype::f32 && context.allow_tf32);
+}
+
+bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+bool is_aligned(int64_t elements, Dtype dtype) { return elements * size_of(dtype) % 16 == 0; }
+
+bool is_aligned(const RowMatrix& rows, Dtype dtype) {
+  return is_aligned(rows.data) && is_aligned(rows.stride, dtype);
+}
+
+bool fits(int64_t row_tiles, int64_t columns) {
+  return row_tiles * ((columns + sm80::kTileN - 1) / sm80::kTileN) <= kMostBlocks;
+}
+
+}  // namespace
+
+bool sm80_takes(const RowsGemm& gemm) {
+  const Dtype dtype = gemm.context.dtype;
+  const ExpertMatrix& w = gemm.w;
+  const Epilogue& e = gemm.epilogue;
+  const bool k_major = w.k_stride == 1;
+  const int64_t stride = k_major ? w.n_stride : w.k_stride;
+  // MN-major [gate; up]: up begins I columns into a row.
+  const bool halves = e.kind == EpilogueKind::kActivate && e.activation.gated && e.at.step == 1;
+  return has_dtype(gemm.context) && is_aligned(gemm.a, dtype) && (k_major || w.n_stride == 1) &&
+         is_aligned(w.data) && is_aligned(stride, dtype) && is_aligned(w.expert_stride, dtype) &&
+         (k_major || !halves || is_aligned(e.columns, dtype)) && gemm.k <= kMostBlocks &&
+         fits(most_row_tiles(gemm.context.rows, gemm.context.experts, sm80::kFewestRows),
+              2 * e.columns);
+}
+
+bool sm80_takes(const WeightGradient& gradient) {
+  const Dtype dtype = gradient.context.dtype;
+  const int64_t row_tiles = (gradient.m + sm80::kWeightRows - 1) / sm80::kWeightRows;
+  return has_dtype(gradient.context) && is_aligned(gradient.p, dtype) &&
+         is_aligned(gradient.q, dtype) && fits(gradient.context.experts * row_tiles, gradient.n);
+}
+
+int64_t sm80_column_tiles(const RowsGemm& gemm) {
+  return (gemm.epilogue.columns + sm80::kTileN - 1) / sm80::kTileN;
+}
+
+cudaError_t sm80_rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
+  switch (gemm.context.dtype) {
+    case Dtype::bf16:
+      return sm80::rows_gemm<bf16>(gemm, stream);
+    case Dtype::f16:
+      return sm80::rows_gemm<f16>(gemm, stream);
+    default:
+      return sm80::rows_gemm<float>(gemm, stream);
+  }
+}
+
+cudaError_t sm80_weight_gradient(const WeightGradient& gradient, cudaStream_t stream) {
+  switch (gradient.context.dtype) {
+    case Dtype::bf16:
+      return sm80::weight_gradient<bf16>(gradient, stream);
+    case Dtype::f16:
+      return sm80::weight_gradient<f16>(gradient, stream);
+    default:
+      return sm80::weight_gradient<float>(gradient, stream);
+  }
+}
+
+}  // namespace moe_ext::cuda

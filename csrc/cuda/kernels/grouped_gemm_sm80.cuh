@@ -1,0 +1,412 @@
+// Grouped matrix products on tensor cores, for sm_80 and up.
+//
+//   rows_gemm_sm80        out[r] = epilogue(W_e a[index[r]]) for the rows r of expert e
+//   weight_gradient_sm80  out_e = sum over e's rows r of p[r] q[r]^T
+//
+// A block of 4 (kM = 256: 8) warps owns kM x 128 of the result: kM rows of one expert and
+// 128 columns, or 128 x 128 of one weight (tiles.cuh). A ring of kStages stages in shared
+// memory is filled by 16-byte cp.async, gathering rows through their index on the way,
+// and read by ldmatrix; mma.sync accumulates in float32. Then the accumulators pass
+// through the same shared memory, so that a thread gets 8 neighbouring columns of a row,
+// writes them in one piece, and the epilogue's code exists once. With [gate; up] weights
+// a tile is 64 columns of gate beside the 64 of up that belong to them; interleaved ones
+// are so by themselves.
+//
+// Shared memory: kStages * (kM + 128) * kBytesK, at most 96 KiB (what sm_86 and sm_89 have).
+// Alignment: see sm80_takes. Tails (k, columns, rows) are zeros in shared memory, so NaN
+// beside an operand never meets a product.
+//
+// Work: 2 * kM * 128 * k FLOPs a tile, for (kM + 128) * k elements read: 64 FLOPs a byte
+// at kM = 128 in 16 bits, 85 at 256, from L2 for the most part. The floor from memory is
+// every operand and result once; tiles.cuh's order of tiles keeps to it within what L2
+// holds. At kM = 16 the weights' one pass is the floor itself. Of shared memory's 128
+// bytes a cycle, a warp's 64 x 64 takes 64 and the copies into it 32 (A100).
+//
+// The same bits every run: a block owns its results alone, k is summed in one order by
+// one warp, in steps that are the same in every tile shape; so a row's result does not
+// depend on the other rows either.
+#pragma once
+
+#include "epilogues.cuh"
+#include "grouped_gemm_sm80.h"
+#include "operand_tiles.cuh"
+#include "tiles.cuh"
+
+namespace moe_ext::cuda::sm80 {
+
+// What a block owns, and how its warps share it.
+template <int kM_, int kWarpsM_, int kWarpsN_, int kBytesK_, int kStages_, int kBlocks_>
+struct TileShape {
+  static constexpr int kM = kM_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
+  static constexpr int kBytesK = kBytesK_, kStages = kStages_;
+  static constexpr int kBlocks = kBlocks_;  // on a multiprocessor: what registers are for
+  static constexpr int kThreads = kWarpsM * kWarpsN * kWarpSize;
+  static constexpr int kWarpM = kM / kWarpsM, kWarpN = kTileN / kWarpsN;
+};
+
+using Rows16 = TileShape<kFewestRows, 1, 4, 128, 3, 3>;
+using Rows32 = TileShape<32, 1, 4, 128, 3, 3>;
+using Rows64 = TileShape<64, 2, 2, 128, 3, 2>;
+using Rows128 = TileShape<kWeightRows, 2, 2, 64, 4, 2>;
+using Rows256 = TileShape<256, 4, 2, 64, 4, 1>;
+
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2], bf16) {
+  ptx::mma_m16n8k16_bf16(c, a, b);
+}
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2], f16) {
+  ptx::mma_m16n8k16_f16(c, a, b);
+}
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2], float) {
+  ptx::mma_m16n8k8_tf32(c, a, b);
+}
+
+// ---- the main loop ----------------------------------------------------------------------
+
+template <class T, class Shape, Major kMajorA, Major kMajorB>
+struct Mainloop {
+  using ATile = OperandTile<T, kMajorA, Shape::kM, Shape::kBytesK>;
+  using BTile = OperandTile<T, kMajorB, kTileN, Shape::kBytesK>;
+  static constexpr int kStages = Shape::kStages, kSteps = Shape::kBytesK / kStepBytes;
+  static constexpr int kFragmentsM = Shape::kWarpM / 16, kFragmentsN = Shape::kWarpN / 8;
+
+  // The results on their way from a thread's fragments to its neighbouring columns.
+  static constexpr int kStagedRows = Shape::kM < 128 ? Shape::kM : 128;
+  union Smem {
+    struct {
+      alignas(128) unsigned char a[kStages][ATile::kBytes];
+      alignas(128) unsigned char b[kStages][BTile::kBytes];
+    };
+    float staged[kStagedRows * kTileN];
+  };
+  static_assert(sizeof(Smem) <= 96 * 1024);
+
+  // [i][j][..]: rows 16 i and columns 8 j of this warp's part, as mma lays them out.
+  using Accumulators = float[kFragmentsM][kFragmentsN][4];
+
+  static __device__ __forceinline__ int warp_m() {
+    return threadIdx.x / kWarpSize / Shape::kWarpsN;
+  }
+  static __device__ __forceinline__ int warp_n() {
+    return threadIdx.x / kWarpSize % Shape::kWarpsN;
+  }
+
+  // acc = the sum over `depth` tiles of k of a b^T.
+  template <class LoaderA, class LoaderB>
+  static __device__ __forceinline__ void run(Smem& smem, LoaderA& load_a, LoaderB& load_b,
+                                             int depth, Accumulators& acc) {
+    const FragmentReader<ATile, Side::kA, Shape::kWarpM> read_a(warp_m() * Shape::kWarpM);
+    const FragmentReader<BTile, Side::kB, Shape::kWarpN> read_b(warp_n() * Shape::kWarpN);
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i) {
+#pragma unroll
+      for (int j = 0; j < kFragmentsN; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) acc[i][j][c] = 0.0f;
+      }
+    }
+
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+      if (stage < depth) {
+        load_a.load(smem.a[stage]);
+        load_b.load(smem.b[stage]);
+      }
+      ptx::cp_async_commit();
+    }
+    int full = 0, empty = kStages - 1;  // the stage to read, the stage to fill
+    for (int tile = 0; tile < depth; ++tile) {
+      // One group a tile, an empty one where there was nothing to copy: all but the
+      // youngest kStages - 2 have landed, this tile's among them. The barrier shows it to
+      // every warp, and says that all have read the stage that is filled next.
+      ptx::cp_async_wait<kStages - 2>();
+      __syncthreads();
+      if (tile + kStages - 1 < depth) {
+        load_a.load(smem.a[empty]);
+        load_b.load(smem.b[empty]);
+      }
+      ptx::cp_async_commit();
+
+      // Two sets of fragments: ldmatrix fills one while mma reads the other.
+      uint32_t a[2][kFragmentsM][4], b[2][kFragmentsN / 2][4];
+      read_a.read(a[0], smem.a[full], 0);
+      read_b.read(b[0], smem.b[full], 0);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (step + 1 < kSteps) {
+          read_a.read(a[(step + 1) % 2], smem.a[full], step + 1);
+          read_b.read(b[(step + 1) % 2], smem.b[full], step + 1);
+        }
+#pragma unroll
+        for (int i = 0; i < kFragmentsM; ++i) {
+#pragma unroll
+          for (int j = 0; j < kFragmentsN; ++j) {
+            const uint32_t (&pair)[4] = b[step % 2][j / 2];
+            const uint32_t operand[2] = {pair[j % 2 * 2], pair[j % 2 * 2 + 1]};
+            multiply_add(acc[i][j], a[step % 2][i], operand, T());
+          }
+        }
+      }
+      full = full + 1 == kStages ? 0 : full + 1;
+      empty = empty + 1 == kStages ? 0 : empty + 1;
+    }
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // from here on the stages' memory is `staged`
+  }
+
+  // Four columns of a staged row, as 16 bytes; a row's place in the banks depends on it:
+  // writing mma's pairs and reading 8 columns a thread are both free of conflicts.
+  static __device__ __forceinline__ float* staged_at(Smem& smem, int row, int column) {
+    const int chunk = column / 4;
+    return smem.staged + row * kTileN + (chunk ^ (chunk / 8 % 2) ^ (row % 4 * 2)) * 4;
+  }
+  static __device__ __forceinline__ void read_staged(float (&value)[8], Smem& smem, int row,
+                                                     int column) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 four = *reinterpret_cast<float4*>(staged_at(smem, row, column + half * 4));
+      value[half * 4] = four.x, value[half * 4 + 1] = four.y;
+      value[half * 4 + 2] = four.z, value[half * 4 + 3] = four.w;
+    }
+  }
+
+  // Calls body(row, item, staged row) for `items` items of each of the tile's rows: with
+  // neighbouring threads for neighbouring items, all lanes of a warp together, and rows
+  // that the tile does not have among them.
+  template <class Body>
+  static __device__ __forceinline__ void for_rows(Smem& smem, const Accumulators& acc, int items,
+                                                  Body body) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll 1
+    for (int first = 0; first < Shape::kM; first += kStagedRows) {
+      if (first) __syncthreads();  // the rows before have been read
+      const int warp_row = warp_m() * Shape::kWarpM - first;
+      if (warp_row >= 0 && warp_row < kStagedRows) {
+#pragma unroll
+        for (int i = 0; i < kFragmentsM; ++i) {
+#pragma unroll
+          for (int j = 0; j < kFragmentsN; ++j) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int row = warp_row + i * 16 + half * 8 + lane / 4;
+              const int column = warp_n() * Shape::kWarpN + j * 8 + lane % 4 * 2;
+              *reinterpret_cast<float2*>(staged_at(smem, row, column) + column % 4) =
+                  float2{acc[i][j][half * 2], acc[i][j][half * 2 + 1]};
+            }
+          }
+        }
+      }
+      __syncthreads();
+#pragma unroll 1
+      for (int i = threadIdx.x; i < kStagedRows * items; i += Shape::kThreads) {
+        body(first + i / items, i % items, i / items);
+      }
+    }
+  }
+};
+
+// ---- rows x weight ----------------------------------------------------------------------
+
+// A tile's columns, as columns of the weight in the order of memory.
+struct TileColumns {
+  int64_t first;  // of the epilogue's columns
+  int64_t width;  // of the weight
+  int64_t half;   // [gate; up] side by side: I; else 0
+
+  __device__ TileColumns(const Epilogue& e, int tile) {
+    const bool paired = e.kind == EpilogueKind::kActivate && e.activation.gated;
+    first = static_cast<int64_t>(tile) * (paired ? kTileN / 2 : kTileN);
+    width = paired ? 2 * e.columns : e.columns;
+    half = paired && e.at.step == 1 ? e.columns : 0;
+    begin = paired && e.at.step == 2 ? 2 * first : first;
+  }
+
+  struct Run {
+    int64_t column, left;  // the weight's column; how many from there on belong together
+  };
+  __device__ __forceinline__ Run at(int n) const {
+    if (!half) return {begin + n, width - begin - n};
+    const int64_t i = begin + n % (kTileN / 2);
+    return {i + (n < kTileN / 2 ? 0 : half), half - i};
+  }
+
+ private:
+  int64_t begin;
+};
+
+template <class T, class Shape, Major kMajorB>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+    rows_gemm_kernel(const RowsGemm gemm, const int column_tiles) {
+  using Loop = Mainloop<T, Shape, Major::kK, kMajorB>;
+  auto& smem = dyn_smem<typename Loop::Smem>();
+  const GemmContext& context = gemm.context;
+  const Tile tile = find_row_tile(context.expert_offsets, static_cast<int>(context.experts),
+                                  Shape::kM, column_tiles, blockIdx.x);
+  if (tile.expert < 0) return;
+
+  const TileColumns columns(gemm.epilogue, tile.column_tile);
+  const int64_t k_bytes = gemm.k * sizeof(T);
+  const char* a = static_cast<const char*>(gemm.a.data);
+  KMajorLoader<typename Loop::ATile, Shape::kThreads> load_a(
+      [&](int row) -> const char* {
+        if (row >= tile.rows) return nullptr;
+        const int64_t from = gemm.a.index ? gemm.a.index[tile.row + row] : tile.row + row;
+        return a + from * gemm.a.stride * sizeof(T);
+      },
+      k_bytes, a);
+  const char* w = static_cast<const char*>(gemm.w.data) +
+                  tile.expert * gemm.w.expert_stride * static_cast<int64_t>(sizeof(T));
+  const int depth = static_cast<int>((k_bytes + Shape::kBytesK - 1) / Shape::kBytesK);
+  typename Loop::Accumulators acc;
+  if constexpr (kMajorB == Major::kK) {
+    KMajorLoader<typename Loop::BTile, Shape::kThreads> load_b(
+        [&](int n) -> const char* {
+          const auto run = columns.at(n);
+          return run.left > 0 ? w + run.column * gemm.w.n_stride * sizeof(T) : nullptr;
+        },
+        k_bytes, w);
+    Loop::run(smem, load_a, load_b, depth, acc);
+  } else {
+    constexpr int kElements = 16 / sizeof(T);
+    MnMajorLoader<typename Loop::BTile, Shape::kThreads, false> load_b(
+        [&](int chunk) { return w + columns.at(chunk * kElements).column * sizeof(T); },
+        [&](int chunk) {
+          return clamp_to_chunk(columns.at(chunk * kElements).left *
+                                static_cast<int64_t>(sizeof(T)));
+        },
+        gemm.w.k_stride * sizeof(T), nullptr, static_cast<int>(gemm.k));
+    Loop::run(smem, load_a, load_b, depth, acc);
+  }
+
+  const Epilogue& e = gemm.epilogue;
+  const bool paired = e.kind == EpilogueKind::kActivate && e.activation.gated;
+  Loop::for_rows(smem, acc, paired ? kTileN / 16 : kTileN / 8, [&](int row, int item, int staged) {
+    const int64_t column = columns.first + item * 8;
+    const bool exists = row < tile.rows && column < e.columns;
+    const int64_t r = tile.row + row;
+    float value[8], up[8];
+    if (e.kind == EpilogueKind::kStore) {
+      Loop::read_staged(value, smem, staged, item * 8);
+      if (exists) epilogue_store<T, 8>(e, tile.expert, r, column, value);
+    } else if (e.kind == EpilogueKind::kActivate) {
+      if (paired && !columns.half) {
+        float low[8], high[8];
+        Loop::read_staged(low, smem, staged, item * 16);
+        Loop::read_staged(high, smem, staged, item * 16 + 8);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          value[i] = low[2 * i], up[i] = low[2 * i + 1];
+          value[4 + i] = high[2 * i], up[4 + i] = high[2 * i + 1];
+        }
+      } else {
+        Loop::read_staged(value, smem, staged, item * 8);
+        Loop::read_staged(up, smem, staged, paired ? kTileN / 2 + item * 8 : item * 8);
+      }
+      if (exists) epilogue_activate<T, 8>(e, tile.expert, r, column, value, up);
+    } else {
+      Loop::read_staged(value, smem, staged, item * 8);
+      float score = exists ? epilogue_backward<T, 8>(e, r, column, value) : 0.0f;
+#pragma unroll
+      for (int d = kTileN / 16; d > 0; d /= 2) score += __shfl_xor_sync(kFullWarp, score, d);
+      if (e.score_parts && item == 0 && row < tile.rows) {
+        static_cast<float*>(e.score_parts)[tile.column_tile * context.rows + r] = score;
+      }
+    }
+  });
+}
+
+// ---- rows^T x rows ----------------------------------------------------------------------
+
+template <class T>
+__global__ void __launch_bounds__(Rows128::kThreads, Rows128::kBlocks)
+    weight_gradient_kernel(const WeightGradient gradient, const int column_tiles) {
+  using Shape = Rows128;
+  using Loop = Mainloop<T, Shape, Major::kMN, Major::kMN>;
+  auto& smem = dyn_smem<typename Loop::Smem>();
+  const Tile tile =
+      find_weight_tile(static_cast<int>(gradient.m), Shape::kM, column_tiles, blockIdx.x);
+  const int begin = gradient.context.expert_offsets[tile.expert];
+  const int rows = gradient.context.expert_offsets[tile.expert + 1] - begin;
+  const int64_t column = static_cast<int64_t>(tile.column_tile) * kTileN;
+
+  // `length` columns of x from `first` on; its rows from `begin` on are what k counts.
+  const auto loader = [&](auto* operand_tile, const RowMatrix& x, int64_t first, int64_t length) {
+    using OperandTile = std::remove_pointer_t<decltype(operand_tile)>;
+    const int64_t row_bytes = x.stride * sizeof(T);
+    const char* data =
+        static_cast<const char*>(x.data) + first * sizeof(T) + (x.index ? 0 : begin * row_bytes);
+    return MnMajorLoader<OperandTile, Shape::kThreads, true>(
+        [&](int chunk) { return data + chunk * 16; },
+        [&](int chunk) {
+          return clamp_to_chunk((length - first) * static_cast<int64_t>(sizeof(T)) - chunk * 16);
+        },
+        row_bytes, x.index ? x.index + begin : nullptr, rows);
+  };
+  auto load_p =
+      loader(static_cast<typename Loop::ATile*>(nullptr), gradient.p, tile.row, gradient.m);
+  auto load_q = loader(static_cast<typename Loop::BTile*>(nullptr), gradient.q, column, gradient.n);
+  typename Loop::Accumulators acc;
+  Loop::run(smem, load_p, load_q, (rows + Loop::ATile::kDepth - 1) / Loop::ATile::kDepth, acc);
+
+  T* out = static_cast<T*>(gradient.out) + tile.expert * gradient.m * gradient.n;
+  Loop::for_rows(smem, acc, kTileN / 8, [&](int row, int item, int staged) {
+    const int64_t n = column + item * 8, left = gradient.n - n;
+    float value[8];
+    Loop::read_staged(value, smem, staged, item * 8);
+    if (row >= tile.rows || left <= 0) return;
+    store_neighbours<T, 8>(out + (tile.row + row) * gradient.n + n, value,
+                           left < 8 ? static_cast<int>(left) : 8);
+  });
+}
+
+// ---- the launches -----------------------------------------------------------------------
+
+template <class T, class Shape, Major kMajorB>
+cudaError_t launch_rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
+  const Epilogue& e = gemm.epilogue;
+  const bool paired = e.kind == EpilogueKind::kActivate && e.activation.gated;
+  const int64_t column_tiles = (e.columns * (paired ? 2 : 1) + kTileN - 1) / kTileN;
+  const int64_t blocks =
+      most_row_tiles(gemm.context.rows, gemm.context.experts, Shape::kM) * column_tiles;
+  if (blocks == 0) return cudaSuccess;
+  const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(Shape::kThreads),
+                            sizeof(typename Mainloop<T, Shape, Major::kK, kMajorB>::Smem), stream,
+                            "rows_gemm_sm80"};
+  return launch(config, rows_gemm_kernel<T, Shape, kMajorB>, gemm, static_cast<int>(column_tiles));
+}
+
+// The one table of tile shapes: by how many rows an expert has on the average, at most.
+// A tile of many rows reads the weights less often; one of few wastes less of itself.
+template <class T, Major kMajorB>
+cudaError_t choose_rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
+  const int64_t rows = gemm.context.rows / (gemm.context.experts ? gemm.context.experts : 1);
+  if (rows <= 16) return launch_rows_gemm<T, Rows16, kMajorB>(gemm, stream);
+  if constexpr (sizeof(T) == 2) {  // fewer for tf32: they all have to be compiled
+    if (rows <= 32) return launch_rows_gemm<T, Rows32, kMajorB>(gemm, stream);
+    if (rows >= 1024) return launch_rows_gemm<T, Rows256, kMajorB>(gemm, stream);
+  }
+  if (rows <= 64) return launch_rows_gemm<T, Rows64, kMajorB>(gemm, stream);
+  return launch_rows_gemm<T, Rows128, kMajorB>(gemm, stream);
+}
+
+template <class T>
+cudaError_t rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
+  return gemm.w.k_stride == 1 ? choose_rows_gemm<T, Major::kK>(gemm, stream)
+                              : choose_rows_gemm<T, Major::kMN>(gemm, stream);
+}
+
+template <class T>
+cudaError_t weight_gradient(const WeightGradient& gradient, cudaStream_t stream) {
+  using Loop = Mainloop<T, Rows128, Major::kMN, Major::kMN>;
+  const int64_t column_tiles = (gradient.n + kTileN - 1) / kTileN;
+  const int64_t row_tiles = (gradient.m + Rows128::kM - 1) / Rows128::kM;
+  const int64_t blocks = gradient.context.experts * row_tiles * column_tiles;
+  if (blocks == 0) return cudaSuccess;
+  const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(Rows128::kThreads),
+                            sizeof(typename Loop::Smem), stream, "weight_gradient_sm80"};
+  return launch(config, weight_gradient_kernel<T>, gradient, static_cast<int>(column_tiles));
+}
+
+}  // namespace moe_ext::cuda::sm80

@@ -1,0 +1,8 @@
+#include "grouped_gemm_sm80.cuh"
+
+namespace moe_ext::cuda::sm80 {
+
+template cudaError_t rows_gemm<bf16>(const RowsGemm&, cudaStream_t);
+template cudaError_t weight_gradient<bf16>(const WeightGradient&, cudaStream_t);
+
+}  // namespace moe_ext::cuda::sm80

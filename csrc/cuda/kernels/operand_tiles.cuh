@@ -1,0 +1,225 @@
+// A stage's share of a GEMM operand in shared memory: how it lies there, how cp.async
+// brings it, and how the tensor cores' fragments come out of it.
+//
+// An operand is a matrix of (m or n) x k. Major says along which of the two its elements
+// are neighbours in global memory, and so in shared memory too: nothing is transposed on
+// the way in, ldmatrix does that on the way out. A tile is rows of 16-byte chunks, and a
+// chunk's place in its row is xored with a key of the row. Eight lanes that read the same
+// chunk of eight rows (ldmatrix), or write the eight chunks of a row (cp.async), then meet
+// eight different sets of four banks: no conflicts, no padding.
+//
+// What is not there is zero: chunks past a row's end, in part or whole, and rows past the
+// last are filled by cp.async without reading.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace moe_ext::cuda {
+
+enum class Major { kK, kMN };
+
+// kExtent (of m or n) x kBytesK / sizeof(T) (of k) elements.
+template <class T, Major kMajor_, int kExtent_, int kBytesK>
+struct OperandTile {
+  using Element = T;
+  static constexpr Major kMajor = kMajor_;
+  static constexpr int kExtent = kExtent_;
+  static constexpr int kDepth = kBytesK / sizeof(T);  // along k
+  static constexpr int kRows = kMajor == Major::kK ? kExtent : kDepth;
+  static constexpr int kRowBytes = kMajor == Major::kK ? kBytesK : kExtent * sizeof(T);
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kBytes = kRows * kRowBytes;
+  // ldmatrix transposes 16-bit elements only; wider ones are read one by one.
+  static constexpr bool kByWords = kMajor == Major::kMN && sizeof(T) == 4;
+  static_assert(kRowBytes == 64 || kRowBytes % 128 == 0, "the keys below are for these");
+
+  static __device__ __forceinline__ int key(int row) {
+    if (kByWords) return row % 4 * 2;                // 4 rows x 8 words that are neighbours
+    return kRowBytes == 64 ? row / 2 % 4 : row % 8;  // two rows of 64 bytes share 32 banks
+  }
+  static __device__ __forceinline__ int offset(int row, int chunk) {
+    return row * kRowBytes + (chunk ^ key(row)) * 16;
+  }
+};
+
+// ---- from global memory ---------------------------------------------------------------
+
+__device__ __forceinline__ int clamp_to_chunk(int64_t bytes) {
+  return static_cast<int>(bytes < 0 ? 0 : bytes < 16 ? bytes : 16);
+}
+
+// Fills K-major tiles, one after the other along k. A thread has the same chunk of some
+// rows of the tile, and keeps a pointer into each: the rows may come from anywhere.
+template <class Tile, int kThreads>
+class KMajorLoader {
+  static constexpr int kRowsAtOnce = kThreads / Tile::kChunks;
+  static constexpr int kLoads = Tile::kRows / kRowsAtOnce;
+  static_assert(kThreads % Tile::kChunks == 0 && Tile::kRows % kRowsAtOnce == 0 && kLoads <= 32);
+
+ public:
+  // row_at(i): where the tile's row i begins in global memory, or null if there is none.
+  // k_bytes: of a row. somewhere: any valid address; cp.async wants one even for nothing.
+  template <class RowAt>
+  __device__ KMajorLoader(RowAt row_at, int64_t k_bytes, const void* somewhere) {
+    const int chunk = threadIdx.x % Tile::kChunks, row = threadIdx.x / Tile::kChunks;
+    target_ = Tile::offset(row, chunk);
+    left_ = k_bytes - chunk * 16;
+    present_ = 0;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const char* begin = row_at(row + i * kRowsAtOnce);
+      present_ |= static_cast<unsigned>(begin != nullptr) << i;
+      source_[i] = begin ? begin + chunk * 16 : static_cast<const char*>(somewhere);
+    }
+  }
+
+  __device__ __forceinline__ void load(unsigned char* tile) {
+    const uint32_t target = ptx::smem_u32(tile) + target_;
+    const int bytes = clamp_to_chunk(left_);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      // kRowsAtOnce is a multiple of 8, so all of a thread's rows have the same key.
+      static_assert(kRowsAtOnce % 8 == 0);
+      ptx::cp_async_16(target + i * kRowsAtOnce * Tile::kRowBytes, source_[i],
+                       present_ >> i & 1 ? bytes : 0);
+      source_[i] += Tile::kChunks * 16;
+    }
+    left_ -= Tile::kChunks * 16;
+  }
+
+ private:
+  const char* source_[kLoads];
+  int64_t left_;      // bytes of k from this thread's chunk on
+  unsigned present_;  // bit i: there is a row i
+  int target_;
+};
+
+// Fills MN-major tiles: the tile's rows are neighbours along k. A thread has the same
+// chunk, `column`, of some rows of the tile.
+template <class Tile, int kThreads, bool kIndexed>
+class MnMajorLoader {
+  static constexpr int kRowsAtOnce = kThreads / Tile::kChunks;
+  static constexpr int kLoads = Tile::kRows / kRowsAtOnce;
+  static_assert(kThreads % Tile::kChunks == 0 && Tile::kRows % kRowsAtOnce == 0);
+
+ public:
+  // chunk_at(c): where chunk c of row 0 is; column_bytes(c): how many of its bytes exist.
+  // Row k of the operand is row index[k] (null: k) of the matrix; there are `rows` of them.
+  template <class ChunkAt, class ColumnBytes>
+  __device__ MnMajorLoader(ChunkAt chunk_at, ColumnBytes column_bytes, int64_t row_bytes,
+                           const int32_t* index, int rows)
+      : row_bytes_(row_bytes), index_(index), row_(threadIdx.x / Tile::kChunks), rows_(rows) {
+    const int chunk = threadIdx.x % Tile::kChunks;
+    column_ = chunk_at(chunk);
+    bytes_ = column_bytes(chunk);
+    chunk_ = chunk;
+    if (kIndexed) look_up();
+  }
+
+  __device__ __forceinline__ void load(unsigned char* tile) {
+    const uint32_t target = ptx::smem_u32(tile);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int k = row_ + i * kRowsAtOnce;
+      const int from = kIndexed ? next_[i] : k;
+      ptx::cp_async_16(target + Tile::offset(row_in_tile() + i * kRowsAtOnce, chunk_),
+                       column_ + from * row_bytes_, k < rows_ ? bytes_ : 0);
+    }
+    row_ += Tile::kRows;
+    if (kIndexed) look_up();
+  }
+
+ private:
+  static __device__ __forceinline__ int row_in_tile() { return threadIdx.x / Tile::kChunks; }
+
+  // Where the next tile's rows are: asked for a tile ahead, so that nobody waits for it.
+  __device__ __forceinline__ void look_up() {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int k = row_ + i * kRowsAtOnce;
+      next_[i] = k >= rows_ ? 0 : index_ ? index_[k] : k;
+    }
+  }
+
+  const char* column_;
+  int64_t row_bytes_;
+  const int32_t* index_;
+  int bytes_, chunk_;
+  int row_, rows_;  // along k: this thread's first row of the next tile; how many there are
+  int next_[kIndexed ? kLoads : 1];
+};
+
+// ---- to fragments ---------------------------------------------------------------------
+
+// A step of the tensor cores takes 32 bytes of k of every row: 16 elements of 16 bits
+// (m16n8k16) or 8 of 32 (m16n8k8).
+constexpr int kStepBytes = 32;
+
+enum class Side { kA, kB };
+
+// Reads a warp's kExtent rows (of m or n, from `begin`) of a tile, 16 rows in four
+// registers: for A one mma's operand, for B two mmas' operands side by side.
+template <class Tile, Side kSide, int kExtent>
+class FragmentReader {
+  using T = typename Tile::Element;
+  static constexpr int kStep = kStepBytes / sizeof(T);
+
+ public:
+  __device__ explicit FragmentReader(int begin) {
+    const int lane = threadIdx.x % kWarpSize;
+    // Of the four 8x8 matrices, A's come with the halves of m first, B's of k.
+    const int extent_half = kSide == Side::kA ? lane / 8 % 2 : lane / 16;
+    const int k_half = kSide == Side::kA ? lane / 16 : lane / 8 % 2;
+    if constexpr (Tile::kByWords) {
+      row_ = lane % 4 * Tile::kRowBytes + lane / 4 % 4 * 4;
+      chunk_ = begin / 4 + lane / 16;
+      key_ = Tile::key(lane % 4);
+    } else if constexpr (Tile::kMajor == Major::kK) {
+      const int row = begin + lane % 8 + extent_half * 8;
+      row_ = row * Tile::kRowBytes;
+      chunk_ = k_half;
+      key_ = Tile::key(row);
+    } else {
+      const int row = lane % 8 + k_half * 8;
+      row_ = row * Tile::kRowBytes;
+      chunk_ = begin / 8 + extent_half;
+      key_ = Tile::key(row);
+    }
+  }
+
+  // fragment[i]: rows 16 i.. of the warp's, step `step` of the tile's k.
+  __device__ __forceinline__ void read(uint32_t (&fragment)[kExtent / 16][4],
+                                       const unsigned char* tile, int step) const {
+#pragma unroll
+    for (int i = 0; i < kExtent / 16; ++i) {
+      if constexpr (Tile::kByWords) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int extent_half = kSide == Side::kA ? r % 2 : r / 2;
+          const int k_half = kSide == Side::kA ? r / 2 : r % 2;
+          const int offset = row_ + (step * kStep + k_half * 4) * Tile::kRowBytes +
+                             ((chunk_ + i * 4 + extent_half * 2) ^ key_) * 16;
+          fragment[i][r] = *reinterpret_cast<const uint32_t*>(tile + offset);
+        }
+      } else if constexpr (Tile::kMajor == Major::kK) {
+        const int offset =
+            row_ + i * 16 * Tile::kRowBytes + ((chunk_ + step * (kStepBytes / 16)) ^ key_) * 16;
+        ptx::ldmatrix_x4(fragment[i], ptx::smem_u32(tile) + offset);
+      } else {
+        const int offset = row_ + step * kStep * Tile::kRowBytes + ((chunk_ + i * 2) ^ key_) * 16;
+        ptx::ldmatrix_x4_trans(fragment[i], ptx::smem_u32(tile) + offset);
+      }
+      if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          fragment[i][r] = ptx::to_tf32(__uint_as_float(fragment[i][r]));
+        }
+      }
+    }
+  }
+
+ private:
+  int row_, chunk_, key_;  // bytes to this lane's row; its chunk in it, before the key
+};
+
+}  // namespace moe_ext::cuda

@@ -5,7 +5,8 @@ then misbehave. So what it was built with, which csrc/build_info.cpp leaves in i
 as one JSON string, is read from the file and compared first.
 
 MOE_EXT_BACKEND forces a path: `reference` (plain PyTorch; nothing is loaded),
-`cpu` or `cuda`. Unset, a tensor's device decides.
+`cpu`, `cuda`, or `emulated` (the CUDA sources on the CPU, for tests: tests/emulator/).
+Unset, a tensor's device decides.
 """
 
 import importlib
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).resolve().parent
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "emulated")
 
 GIT_DESCRIBE = ("--always", "--dirty", "--abbrev=12", "--exclude=*")  # as in setup.py
 _MARK = b"moe_ext build info: "
@@ -106,9 +107,20 @@ def mismatches(built, runs):
     ]
 
 
+def find_emulated_library():
+    kind = os.environ.get("MOE_EXT_EMULATOR_BUILD", "fast")
+    library = PACKAGE.parent / "build" / "emulator" / kind / "moe_ext_emulated.so"
+    if not library.exists():
+        raise ImportError(
+            f"moe_ext: MOE_EXT_BACKEND=emulated, but {library} is missing. Build it:"
+            f" cd {PACKAGE.parent} && python tests/emulator/build.py {kind}"
+        )
+    return library
+
+
 def load(backend):
     """Loads the library, or says why it cannot be; returns its build info."""
-    library = find_library()
+    library = find_emulated_library() if backend == "emulated" else find_library()
     if library is None:
         raise ImportError(
             f"moe_ext: the compiled library is missing. Build it: {rebuild_command()}"
@@ -126,7 +138,10 @@ def load(backend):
             f"moe_ext: MOE_EXT_BACKEND=cuda, but {library} was built without CUDA."
             f" Rebuild it with `export MOE_EXT_BUILD=cuda`: {rebuild_command()}"
         )
-    importlib.import_module("moe_ext._C")
+    if backend != "emulated" or (library.parent / "needs_cpu").exists():
+        importlib.import_module("moe_ext._C")
+    if backend == "emulated":
+        torch.ops.load_library(library)
     try:
         importlib.import_module("moe_ext._ops")
     except RuntimeError as error:  # a fake or a gradient for an op that the library lacks

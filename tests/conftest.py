@@ -2,9 +2,14 @@
 
 Every test starts from a seed made of its own name, so that a failure repeats
 alone and in any order. MOE_EXT_TEST_SEED=n draws other data for the whole run.
+
+`--backend emulated` runs the suite over the CUDA sources, in the emulator, which is
+built first. Every test then starts the emulator with a seed of its own; MOE_EXT_TEST_SEED
+changes these as well, and `--emulator-seeds 8` runs every test with 8 of them.
 """
 
 import os
+import sys
 import zlib
 
 import hypothesis
@@ -12,6 +17,8 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("oracle", "ffn_suite", "ffn_operator")
+
+sys.path.insert(0, os.path.dirname(__file__))  # emulator.build and the helpers' modules
 
 SEED = int(os.environ.get("MOE_EXT_TEST_SEED", "0"))
 
@@ -24,6 +31,52 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("moe_ext")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend",
+        choices=("reference", "cpu", "cuda", "emulated"),
+        help="sets MOE_EXT_BACKEND; `emulated` builds it first",
+    )
+    parser.addoption("--emulator-seeds", type=int, default=1, help="emulated runs of every test")
+    parser.addoption("--emulator-build", choices=("fast", "checked"), default="fast")
+
+
+def pytest_configure(config):
+    backend = config.getoption("--backend")
+    if backend:
+        os.environ["MOE_EXT_BACKEND"] = backend
+    if is_emulated():
+        os.environ["MOE_EXT_EMULATOR_BUILD"] = config.getoption("--emulator-build")
+        if not hasattr(config, "workerinput"):  # xdist: once, before its workers start
+            from emulator import build
+
+            build.build(config.getoption("--emulator-build"))
+
+
+def is_emulated():
+    return os.environ.get("MOE_EXT_BACKEND") == "emulated"
+
+
+def pytest_generate_tests(metafunc):
+    if is_emulated() and metafunc.config.getoption("--emulator-seeds") > 1:
+        seeds = range(metafunc.config.getoption("--emulator-seeds"))
+        metafunc.parametrize("emulator_seed", seeds, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def emulator_seed(request):
+    """The emulator's seed, which no two tests share; None without it."""
+    if not is_emulated():
+        return None
+    from emulator import control
+
+    return control.set(seed_of(request.node.nodeid) + getattr(request, "param", 0))
+
+
+def seed_of(nodeid):
+    return zlib.crc32(nodeid.partition("[")[0].encode()) + SEED
 
 
 def pytest_report_header(config):

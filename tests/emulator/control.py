@@ -1,0 +1,32 @@
+"""The emulator's settings, from Python."""
+
+import ctypes
+import os
+
+from emulator import build
+
+LATEST, RANDOM, EAGER = range(3)  # when asynchronous work takes effect
+BY_SEED = -1
+
+_folder = build.folder(os.environ.get("MOE_EXT_EMULATOR_BUILD", "fast"))
+_library = ctypes.CDLL(str(_folder / "libemulator.so"))
+_library.moe_ext_emulator_set.argtypes = (ctypes.c_uint64, ctypes.c_int, ctypes.c_int)
+_library.moe_ext_emulator_launches.restype = ctypes.c_uint64
+
+
+def set(seed=0, delivery=BY_SEED, device=0):
+    """Device 0 is an sm_80, device 1 an sm_90. Returns the seed."""
+    _library.moe_ext_emulator_set(seed, delivery, device)
+    return seed
+
+
+def launches():
+    """How many grids have run."""
+    return _library.moe_ext_emulator_launches()
+
+
+def primitives():
+    """The micro-kernels of tests/emulator/kernels/."""
+    library = ctypes.CDLL(str(_folder / "libprimitives.so"))
+    library.micro_error_text.restype = ctypes.c_char_p
+    return library

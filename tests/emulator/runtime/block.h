@@ -1,0 +1,231 @@
+// The state of a running grid: blocks, their warps and threads. Everything runs on one OS
+// thread, one fiber at a time, so nothing here is locked.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "../emulator.h"
+
+namespace emulator {
+
+struct Random {
+  uint64_t state = 1;
+  uint32_t operator()() {  // xorshift64
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return static_cast<uint32_t>(state >> 16);
+  }
+  bool one_in(uint32_t n) { return (*this)() % n == 0; }
+};
+
+uint64_t mix(uint64_t x);  // a hash of 64 bits
+
+// A vector clock: what a thread knows of every other's progress (races.cpp).
+using Clock = std::vector<uint32_t>;
+
+enum class State : uint8_t { kRunnable, kInWarpOp, kAtBarrier, kExited };
+
+struct AsyncCopy {
+  uint32_t target;
+  const void* source;
+  uint16_t size, bytes;  // of the target, of the source: the rest is zero
+  uint32_t group;
+  bool done;
+};
+
+struct Thread {
+  void* stack_pointer;
+  char* stack;  // its lowest byte
+  uint3 index;
+  uint32_t number;  // in the block
+  uint8_t lane, warp;
+  State state;
+  int waits_in;     // which warp operation or barrier
+  void* call_site;  // of what it waits in
+  int result;       // of the barrier that it waited at
+  std::vector<AsyncCopy> copies;
+  uint32_t copy_group;
+  Clock clock;
+};
+
+// A warp operation of which some lanes are still to come.
+struct WarpOperation {
+  uint32_t mask = 0, arrived = 0;  // mask 0: the slot is free
+  WarpOp op;
+  void* call_site;
+};
+
+struct Warp {
+  uint32_t existing, exited, runnable;  // masks of lanes
+  std::vector<WarpOperation> operations;
+  uint64_t value[32], argument[32], result[32];
+  void* pointer[32];
+  uint32_t priority;
+};
+
+struct Barrier {
+  uint32_t expected = 0, arrived = 0;
+  int accumulated = 0;
+  void* call_site[32] = {};  // by warp
+  std::vector<Thread*> waiting;
+  Clock clock;
+};
+
+// What the race detector knows of two bytes of shared memory (races.cpp).
+struct Cell {
+  uint32_t write_time = 0, read_time[2] = {};
+  uint16_t writer = 0, reader[2] = {};
+  bool initialised = false, in_flight = false, atomic = false;
+  uint8_t readers = 0;
+};
+
+constexpr uint32_t kDynamicBase = 0x400;    // shared addresses of dynamic and of static
+constexpr uint32_t kStaticBase = 0x100000;  // shared memory
+
+// The grid that runs.
+struct Launch {
+  const char* name;
+  dim3 grid, block;
+  size_t smem_bytes;
+  Entry entry;
+  void* arguments;
+  size_t argument_bytes;
+  uint32_t id;
+  uint64_t seed;
+  Delivery delivery;
+  char* static_smem = nullptr;  // the thread-local block of the kernel's library
+  size_t static_smem_bytes = 0;
+  const char *library_begin = nullptr, *library_end = nullptr;
+  std::vector<uint32_t> order;  // of the blocks
+  size_t next = 0;
+  uint64_t idle = 0;  // pauses since something happened
+  Random random;
+  std::string error;
+
+  // Which epochs of other blocks a block knows of, and which were published at an address
+  // (races.cpp).
+  using Epochs = std::unordered_map<uint32_t, uint32_t>;
+  std::unordered_map<uint32_t, Epochs> known;
+  std::unordered_map<const void*, Epochs> published;
+  uint32_t known_epoch(uint32_t of, uint32_t other) {
+    const Epochs& epochs = known[of];
+    const auto found = epochs.find(other);
+    return found == epochs.end() ? 0 : found->second;
+  }
+};
+
+class Block {
+ public:
+  Block();
+  ~Block();
+  Block(const Block&) = delete;
+
+  void start(Launch& launch, uint32_t number);
+  // Runs until the block is finished, or yields to another, or an error is found.
+  void resume();
+  bool finished() const { return live == 0; }
+
+  // ---- scheduler.cpp
+  Thread* pick();
+  void wait(State state, int waits_in, void* call_site);
+  void wake(Thread& thread);
+  void switch_thread();
+  void exit_thread();
+  void pause();
+  [[noreturn]] void report_stuck(const char* what);
+  std::string describe(const Thread& thread);
+
+  // ---- barrier.cpp
+  void complete(Barrier& barrier);
+
+  // ---- warp.cpp, matrix.cpp
+  uint64_t warp_operation(WarpOp op, uint32_t mask, uint64_t value, uint64_t argument,
+                          void* pointer, void* call_site);
+  void execute(Warp& warp, const WarpOperation& operation);
+  void load_matrices(Warp& warp, void* call_site);
+
+  // ---- async_copy.cpp
+  void deliver(AsyncCopy& copy);
+  void deliver_some();
+
+  // ---- memory.cpp
+  char* shared_pointer(uint32_t address, size_t bytes, const char* what);
+  size_t shared_offset(uint32_t address) const {  // in `cells`
+    return address >= kStaticBase ? smem_capacity + (address - kStaticBase)
+                                  : address - kDynamicBase;
+  }
+
+  // ---- races.cpp
+  void track(size_t offset, size_t bytes, bool write, bool atomic, void* call_site);
+  void begin_copy(uint32_t target, size_t bytes, void* call_site);
+  void end_copy(uint32_t target, size_t bytes, const Thread& thread);
+  void publish(Clock& clock, Thread& thread);
+  void learn(const Clock& clock, Thread& thread);
+
+  Launch* launch = nullptr;
+  uint32_t number = 0;
+  uint3 index{};
+  Random random;
+  int order = 0;  // how the next thread is chosen
+  uint32_t count = 0, live = 0;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  uint32_t runnable_warps = 0, last_warp = 0;
+  Barrier barriers[16];
+
+  char* smem = nullptr;  // dynamic
+  size_t smem_bytes = 0, smem_capacity = 0;
+  std::vector<char> static_smem;  // while another block runs
+  std::vector<Cell> cells;
+  uint32_t epoch = 1, fenced = 0;  // epochs end at a fence
+
+  Thread* resume_with = nullptr;
+  void* grid_stack_pointer = nullptr;  // of launch_grid, which resumed this block
+
+  // ---- fiber.cpp
+  void reserve_stacks(size_t threads);
+  bool on_a_stack(const char* address) const {
+    return address >= stacks && address < stacks + stack_count * kStackStride;
+  }
+  static constexpr size_t kPage = 4096, kStack = 64 << 10, kStackStride = kStack + kPage;
+  static constexpr size_t kMaxSmem = 256 << 10;
+
+ private:
+  char* stacks = nullptr;
+  size_t stack_count = 0;
+  char* smem_mapping = nullptr;
+};
+
+extern Thread* current;  // the running thread; null outside of kernels
+extern Block* block;     // its block
+
+// Saves the stack pointer and the registers that a call preserves, and goes on where `to`
+// was saved.
+extern "C" void emulator_switch_stack(void** save, void* to);
+
+// ---- report.cpp
+std::string place_of(void* call_site);  // function [file:line] <- its callers, where inlined
+bool same_place(void* a, void* b);
+[[noreturn]] void fail_at(void* call_site, const char* format, ...)
+    __attribute__((format(printf, 2, 3)));
+[[noreturn]] void abandon_grid(std::string message);
+
+// ---- memory.cpp
+std::string nearest_buffer(const char* address);
+
+// ---- matrix.cpp
+struct MmaOperands {
+  float* c;
+  const uint32_t* a;
+  const uint32_t* b;
+};
+void execute_mma(WarpOp op, void* const* operands);
+
+}  // namespace emulator
+
+#define EMULATOR_CALL_SITE __builtin_return_address(0)

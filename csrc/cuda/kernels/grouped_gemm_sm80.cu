@@ -7,7 +7,7 @@
 namespace moe_ext::cuda {
 namespace {
 
-constexpr int64_t kMostBlocks = 0x7fffffff;  // of a grid, and of an int
+constexpr int64_t kMost = 0x7fffffff;  // blocks of a grid; what an int can count
 
 bool has_dtype(const GemmContext& context) {
   if (context.sm < 80) return false;
@@ -18,12 +18,13 @@ bool has_dtype(const GemmContext& context) {
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 bool is_aligned(int64_t elements, Dtype dtype) { return elements * size_of(dtype) % 16 == 0; }
 
-bool is_aligned(const RowMatrix& rows, Dtype dtype) {
-  return is_aligned(rows.data) && is_aligned(rows.stride, dtype);
+// Rows of `length` elements.
+bool is_aligned(const RowMatrix& rows, int64_t length, Dtype dtype) {
+  return is_aligned(rows.data) && is_aligned(rows.stride, dtype) && is_aligned(length, dtype);
 }
 
 bool fits(int64_t row_tiles, int64_t columns) {
-  return row_tiles * ((columns + sm80::kTileN - 1) / sm80::kTileN) <= kMostBlocks;
+  return row_tiles * ((columns + sm80::kTileN - 1) / sm80::kTileN) <= kMost;
 }
 
 }  // namespace
@@ -31,23 +32,22 @@ bool fits(int64_t row_tiles, int64_t columns) {
 bool sm80_takes(const RowsGemm& gemm) {
   const Dtype dtype = gemm.context.dtype;
   const ExpertMatrix& w = gemm.w;
-  const Epilogue& e = gemm.epilogue;
+  const int64_t columns = gemm.epilogue.columns;
   const bool k_major = w.k_stride == 1;
-  const int64_t stride = k_major ? w.n_stride : w.k_stride;
-  // MN-major [gate; up]: up begins I columns into a row.
-  const bool halves = e.kind == EpilogueKind::kActivate && e.activation.gated && e.at.step == 1;
-  return has_dtype(gemm.context) && is_aligned(gemm.a, dtype) && (k_major || w.n_stride == 1) &&
-         is_aligned(w.data) && is_aligned(stride, dtype) && is_aligned(w.expert_stride, dtype) &&
-         (k_major || !halves || is_aligned(e.columns, dtype)) && gemm.k <= kMostBlocks &&
+  return has_dtype(gemm.context) && is_aligned(gemm.a, gemm.k, dtype) &&
+         (k_major || (w.n_stride == 1 && is_aligned(columns, dtype))) && is_aligned(w.data) &&
+         is_aligned(k_major ? w.n_stride : w.k_stride, dtype) &&
+         is_aligned(w.expert_stride, dtype) && gemm.k * size_of(dtype) <= kMost &&
          fits(most_row_tiles(gemm.context.rows, gemm.context.experts, sm80::kFewestRows),
-              2 * e.columns);
+              2 * columns);
 }
 
 bool sm80_takes(const WeightGradient& gradient) {
   const Dtype dtype = gradient.context.dtype;
   const int64_t row_tiles = (gradient.m + sm80::kWeightRows - 1) / sm80::kWeightRows;
-  return has_dtype(gradient.context) && is_aligned(gradient.p, dtype) &&
-         is_aligned(gradient.q, dtype) && fits(gradient.context.experts * row_tiles, gradient.n);
+  return has_dtype(gradient.context) && is_aligned(gradient.p, gradient.m, dtype) &&
+         is_aligned(gradient.q, gradient.n, dtype) &&
+         fits(gradient.context.experts * row_tiles, gradient.n);
 }
 
 int64_t sm80_column_tiles(const RowsGemm& gemm) {

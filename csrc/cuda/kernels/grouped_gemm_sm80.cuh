@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   if (tile.expert < 0) return;
 
   const TileColumns columns(gemm.epilogue, tile.column_tile);
-  const int64_t k_bytes = gemm.k * sizeof(T);
+  const int k_bytes = static_cast<int>(gemm.k * sizeof(T));
   const char* a = static_cast<const char*>(gemm.a.data);
   KMajorLoader<typename Loop::ATile, Shape::kThreads> load_a(
       [&](int row) -> const char* {
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       k_bytes, a);
   const char* w = static_cast<const char*>(gemm.w.data) +
                   tile.expert * gemm.w.expert_stride * static_cast<int64_t>(sizeof(T));
-  const int depth = static_cast<int>((k_bytes + Shape::kBytesK - 1) / Shape::kBytesK);
+  const int depth = (k_bytes + Shape::kBytesK - 1) / Shape::kBytesK;
   typename Loop::Accumulators acc;
   if constexpr (kMajorB == Major::kK) {
     KMajorLoader<typename Loop::BTile, Shape::kThreads> load_b(
@@ -271,12 +271,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   } else {
     constexpr int kElements = 16 / sizeof(T);
     MnMajorLoader<typename Loop::BTile, Shape::kThreads, false> load_b(
-        [&](int chunk) { return w + columns.at(chunk * kElements).column * sizeof(T); },
-        [&](int chunk) {
-          return clamp_to_chunk(columns.at(chunk * kElements).left *
-                                static_cast<int64_t>(sizeof(T)));
+        [&](int chunk) -> const char* {
+          const auto run = columns.at(chunk * kElements);
+          return run.left > 0 ? w + run.column * sizeof(T) : nullptr;
         },
-        gemm.w.k_stride * sizeof(T), nullptr, static_cast<int>(gemm.k));
+        gemm.w.k_stride * sizeof(T), nullptr, static_cast<int>(gemm.k), w);
     Loop::run(smem, load_a, load_b, depth, acc);
   }
 
@@ -338,11 +337,11 @@ __global__ void __launch_bounds__(Rows128::kThreads, Rows128::kBlocks)
     const char* data =
         static_cast<const char*>(x.data) + first * sizeof(T) + (x.index ? 0 : begin * row_bytes);
     return MnMajorLoader<OperandTile, Shape::kThreads, true>(
-        [&](int chunk) { return data + chunk * 16; },
-        [&](int chunk) {
-          return clamp_to_chunk((length - first) * static_cast<int64_t>(sizeof(T)) - chunk * 16);
+        [&](int chunk) -> const char* {
+          return (length - first) * static_cast<int64_t>(sizeof(T)) > chunk * 16 ? data + chunk * 16
+                                                                                 : nullptr;
         },
-        row_bytes, x.index ? x.index + begin : nullptr, rows);
+        row_bytes, x.index ? x.index + begin : nullptr, rows, data);
   };
   auto load_p =
       loader(static_cast<typename Loop::ATile*>(nullptr), gradient.p, tile.row, gradient.m);

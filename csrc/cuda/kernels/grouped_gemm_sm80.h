@@ -7,7 +7,8 @@
 namespace moe_ext::cuda {
 
 // bfloat16 and float16, and float32 where tf32 is allowed; operands that 16-byte copies
-// can read: one stride of 1, all others and the addresses multiples of 16 bytes.
+// can read: one stride of 1, all others, the addresses and the length along the stride of 1
+// multiples of 16 bytes.
 bool sm80_takes(const RowsGemm& gemm);
 bool sm80_takes(const WeightGradient& gradient);
 

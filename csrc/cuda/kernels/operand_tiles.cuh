@@ -8,8 +8,9 @@
 // chunk of eight rows (ldmatrix), or write the eight chunks of a row (cp.async), then meet
 // eight different sets of four banks: no conflicts, no padding.
 //
-// What is not there is zero: chunks past a row's end, in part or whole, and rows past the
-// last are filled by cp.async without reading.
+// What is not there, chunks past a row's end and rows past the last, is zero: cp.async
+// fills it without reading. Chunks exist whole or not at all; then nvcc makes a predicate
+// of the copy's size, where any size would cost five instructions a copy.
 #pragma once
 
 #include "ptx.cuh"
@@ -44,10 +45,6 @@ struct OperandTile {
 
 // ---- from global memory ---------------------------------------------------------------
 
-__device__ __forceinline__ int clamp_to_chunk(int64_t bytes) {
-  return static_cast<int>(bytes < 0 ? 0 : bytes < 16 ? bytes : 16);
-}
-
 // Fills K-major tiles, one after the other along k. A thread has the same chunk of some
 // rows of the tile, and keeps a pointer into each: the rows may come from anywhere.
 template <class Tile, int kThreads>
@@ -60,36 +57,36 @@ class KMajorLoader {
   // row_at(i): where the tile's row i begins in global memory, or null if there is none.
   // k_bytes: of a row. somewhere: any valid address; cp.async wants one even for nothing.
   template <class RowAt>
-  __device__ KMajorLoader(RowAt row_at, int64_t k_bytes, const void* somewhere) {
+  __device__ KMajorLoader(RowAt row_at, int k_bytes, const char* somewhere) {
     const int chunk = threadIdx.x % Tile::kChunks, row = threadIdx.x / Tile::kChunks;
     target_ = Tile::offset(row, chunk);
-    left_ = k_bytes - chunk * 16;
+    chunks_left_ = k_bytes / 16 - chunk;
     present_ = 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const char* begin = row_at(row + i * kRowsAtOnce);
       present_ |= static_cast<unsigned>(begin != nullptr) << i;
-      source_[i] = begin ? begin + chunk * 16 : static_cast<const char*>(somewhere);
+      source_[i] = (begin ? begin : somewhere) + chunk * 16;
     }
   }
 
   __device__ __forceinline__ void load(unsigned char* tile) {
     const uint32_t target = ptx::smem_u32(tile) + target_;
-    const int bytes = clamp_to_chunk(left_);
+    const unsigned present = chunks_left_ > 0 ? present_ : 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       // kRowsAtOnce is a multiple of 8, so all of a thread's rows have the same key.
       static_assert(kRowsAtOnce % 8 == 0);
       ptx::cp_async_16(target + i * kRowsAtOnce * Tile::kRowBytes, source_[i],
-                       present_ >> i & 1 ? bytes : 0);
+                       present >> i & 1 ? 16 : 0);
       source_[i] += Tile::kChunks * 16;
     }
-    left_ -= Tile::kChunks * 16;
+    chunks_left_ -= Tile::kChunks;
   }
 
  private:
   const char* source_[kLoads];
-  int64_t left_;      // bytes of k from this thread's chunk on
+  int chunks_left_;   // of a row, from this thread's on
   unsigned present_;  // bit i: there is a row i
   int target_;
 };
@@ -103,16 +100,18 @@ class MnMajorLoader {
   static_assert(kThreads % Tile::kChunks == 0 && Tile::kRows % kRowsAtOnce == 0);
 
  public:
-  // chunk_at(c): where chunk c of row 0 is; column_bytes(c): how many of its bytes exist.
-  // Row k of the operand is row index[k] (null: k) of the matrix; there are `rows` of them.
-  template <class ChunkAt, class ColumnBytes>
-  __device__ MnMajorLoader(ChunkAt chunk_at, ColumnBytes column_bytes, int64_t row_bytes,
-                           const int32_t* index, int rows)
-      : row_bytes_(row_bytes), index_(index), row_(threadIdx.x / Tile::kChunks), rows_(rows) {
-    const int chunk = threadIdx.x % Tile::kChunks;
-    column_ = chunk_at(chunk);
-    bytes_ = column_bytes(chunk);
-    chunk_ = chunk;
+  // chunk_at(c): where chunk c of row 0 is, or null if there is none. Row k of the operand
+  // is row index[k] (null: k) of the matrix; there are `rows` of them.
+  template <class ChunkAt>
+  __device__ MnMajorLoader(ChunkAt chunk_at, int64_t row_bytes, const int32_t* index, int rows,
+                           const char* somewhere)
+      : row_bytes_(row_bytes),
+        index_(index),
+        chunk_(threadIdx.x % Tile::kChunks),
+        row_(threadIdx.x / Tile::kChunks) {
+    const char* column = chunk_at(chunk_);
+    rows_ = column ? rows : 0;
+    column_ = column ? column : somewhere;
     if (kIndexed) look_up();
   }
 
@@ -123,7 +122,7 @@ class MnMajorLoader {
       const int k = row_ + i * kRowsAtOnce;
       const int from = kIndexed ? next_[i] : k;
       ptx::cp_async_16(target + Tile::offset(row_in_tile() + i * kRowsAtOnce, chunk_),
-                       column_ + from * row_bytes_, k < rows_ ? bytes_ : 0);
+                       column_ + from * row_bytes_, k < rows_ ? 16 : 0);
     }
     row_ += Tile::kRows;
     if (kIndexed) look_up();
@@ -144,7 +143,7 @@ class MnMajorLoader {
   const char* column_;
   int64_t row_bytes_;
   const int32_t* index_;
-  int bytes_, chunk_;
+  int chunk_;
   int row_, rows_;  // along k: this thread's first row of the next tile; how many there are
   int next_[kIndexed ? kLoads : 1];
 };

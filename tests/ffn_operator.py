@@ -11,7 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffn_suite import LAYOUTS, PARAMETERS, FFNStage, needs_ops
 from moe_ext import functional, reference
+from moe_ext._load import BACKEND
 from oracle import ACTIVATIONS, DTYPES, assert_within_bound, bits_equal, draw_plan, evaluate
+
+# Marks what only the memory of a plan could tell: a GPU is not waited for.
+READS_MEMORY = "the values"
 
 
 class Recorder(TorchDispatchMode):
@@ -200,18 +204,18 @@ class FFNOperator(FFNStage):
         ("weights", lambda t: t.half(), TypeError),
         ("expert_offsets", lambda t: t.long(), TypeError),
         ("expert_offsets", lambda t: t[:-1], ValueError, "up_proj"),
-        ("expert_offsets", lambda t: t.flip(0), ValueError),
-        ("expert_offsets", lambda t: t + 1, ValueError),
+        ("expert_offsets", lambda t: t.flip(0), ValueError, READS_MEMORY),
+        ("expert_offsets", lambda t: t + 1, ValueError, READS_MEMORY),
         ("row_token", lambda t: t.float(), TypeError),
-        ("row_token", lambda t: t + 12, ValueError),
-        ("row_token", lambda t: t - 12, ValueError),
+        ("row_token", lambda t: t + 12, ValueError, READS_MEMORY),
+        ("row_token", lambda t: t - 12, ValueError, READS_MEMORY),
         ("row_token", lambda t: t[None], ValueError),
         ("row_assignment", lambda t: t.long(), TypeError),
         ("row_assignment", lambda t: t[:-1], ValueError),
         ("assignment_row", lambda t: t.long(), TypeError),
         ("assignment_row", lambda t: t[:-1], ValueError, "weights"),
         ("assignment_row", lambda t: t[0], ValueError),
-        ("assignment_row", lambda t: t + 24, ValueError),
+        ("assignment_row", lambda t: t + 24, ValueError, READS_MEMORY),
     )
 
     @pytest.mark.parametrize("case", range(len(BAD)), ids=[case[0] for case in BAD])
@@ -219,6 +223,8 @@ class FFNOperator(FFNStage):
         name, spoil, error, *others = self.BAD[case]
         if name in ("weights", "row_assignment") and not self.weighted:
             pytest.skip(f"grouped_ffn takes no {name}")
+        if READS_MEMORY in others and BACKEND in ("cuda", "emulated"):
+            pytest.skip("only the device's memory could tell")
         plan = draw_plan(12, 4, 2)
         inputs = self.inputs(12, 8, 6, 4, 2, torch.float32, bias=True)
         if name in inputs:

@@ -135,29 +135,26 @@ struct CombineRows {
 };
 cudaError_t combine_rows(const CombineRows& combine, cudaStream_t stream);
 
-// dweights[t][j] = the sum of row r's score_parts in tile order + <dy[t], bias_e>, with
-// r = assignment_row[t][j]; 0 where that is below 0.
+// dweights of row r's assignment = the row's score_parts in a fixed order + <dy[t], bias_e>,
+// with t its token; 0 for an assignment without a row.
 struct ScoreGradient {
   GemmContext context;
-  int64_t tokens, top_k, tiles, columns;  // columns: of dy
-  const int32_t* assignment_row;          // (T, K)
-  const void* score_parts;                // (tiles, R), compute type
-  const void* dy;                         // (T, columns), rows dy_stride elements apart
-  int64_t dy_stride;
-  const void* bias;  // (E, columns) contiguous; null: none
-  void* out;         // (T, K) of out_dtype
+  int64_t assignments, tiles, columns;  // T * K; of score_parts; of dy
+  const int32_t* assignment_row;        // (T, K)
+  const int32_t* row_assignment;        // (R)
+  RowMatrix dy;
+  const void* score_parts;  // (tiles, R), compute type
+  const void* bias;         // (E, columns) contiguous; null: none
+  void* out;                // (T, K) of out_dtype
   Dtype out_dtype;
 };
 cudaError_t score_gradient(const ScoreGradient& gradient, cudaStream_t stream);
 
 // Rows past the last one that holds something become 0: what a public output promises.
-// `first` and `second` (or null) are (R, columns) contiguous.
 struct ZeroTail {
   GemmContext context;
-  void* first;
-  int64_t first_columns;
-  void* second;
-  int64_t second_columns;
+  void* rows;  // (R, columns) contiguous
+  int64_t columns;
 };
 cudaError_t zero_tail(const ZeroTail& tail, cudaStream_t stream);
 

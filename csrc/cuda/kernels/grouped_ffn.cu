@@ -1,0 +1,281 @@
+// The experts' launchers: the table that says which kernel runs a product, and the small
+// kernels beside the products.
+//
+// combine_rows     y[t] = sum_j w[t][j] rows[assignment_row[t][j]], in the order of j. A
+//                  thread has N neighbouring columns of one token (16 bytes): K reads of
+//                  its rows, one write.
+// bias_gradient    db_e = sum over e's rows of w_r rows[r]. A block has 32 columns of one
+//                  expert and goes through its rows in blocks of 256, in order.
+// score_gradient   dw[t][j] = the row's parts in a fixed order + <dy, bias>. A warp has 8
+//                  rows, four lanes each for the parts, all lanes for a row's inner product.
+// zero_tail        rows past the last one become 0. A grid as large as the device at most:
+//                  usually there is nothing to do.
+//
+// All of them read and write every byte once and are bound by that. Shared memory: 1 KB for
+// bias_gradient (2 KB in float64), else none. No alignment is needed; aligned rows move 16
+// bytes a thread. A sum is always one thread's or one warp's, in a fixed order: the same
+// bits every time.
+#include "grouped_ffn.h"
+#include "grouped_gemm_simt.cuh"
+#include "grouped_gemm_sm80.h"
+
+namespace moe_ext::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// Calls body(T{}) with the element type that `dtype` names.
+template <class Body>
+cudaError_t with_type(Dtype dtype, Body body) {
+  switch (dtype) {
+    case Dtype::f64:
+      return body(double());
+    case Dtype::f32:
+      return body(float());
+    case Dtype::bf16:
+      return body(bf16());
+    default:
+      return body(f16());
+  }
+}
+
+int blocks_for(int64_t items, int64_t most = INT32_MAX) {
+  const int64_t blocks = (items + kThreads - 1) / kThreads;
+  return static_cast<int>(blocks < most ? blocks : most);
+}
+
+// ---- which kernel runs a product ------------------------------------------------------
+//
+// The first that takes it. What a kernel may ask for: dtype, strides and alignment, sm, and
+// how many rows an expert has on average; never what only the device knows. The last entry
+// takes everything.
+
+struct RowsGemmKernel {
+  const char* name;
+  bool (*takes)(const RowsGemm&);
+  int64_t (*column_tiles)(const RowsGemm&);
+  cudaError_t (*launch)(const RowsGemm&, cudaStream_t);
+};
+constexpr RowsGemmKernel kRowsGemms[] = {
+    {"sm80", sm80_takes, sm80_column_tiles, sm80_rows_gemm},
+    {"simt", [](const RowsGemm&) { return true; }, simt::column_tiles,
+     [](const RowsGemm& g, cudaStream_t stream) {
+       return with_type(g.context.dtype,
+                        [&](auto t) { return simt::launch_rows_gemm<decltype(t)>(g, stream); });
+     }},
+};
+
+struct WeightGradientKernel {
+  const char* name;
+  bool (*takes)(const WeightGradient&);
+  cudaError_t (*launch)(const WeightGradient&, cudaStream_t);
+};
+constexpr WeightGradientKernel kWeightGradients[] = {
+    {"sm80", sm80_takes, sm80_weight_gradient},
+    {"simt", [](const WeightGradient&) { return true; },
+     [](const WeightGradient& g, cudaStream_t stream) {
+       return with_type(g.context.dtype, [&](auto t) {
+         return simt::launch_weight_gradient<decltype(t)>(g, stream);
+       });
+     }},
+};
+
+template <class Kernel, int N, class Problem>
+const Kernel& choose(const Kernel (&kernels)[N], const Problem& problem) {
+  const Kernel* kernel = kernels;
+  while (!kernel->takes(problem)) ++kernel;
+  return *kernel;
+}
+
+// ---- the sum of a token's rows --------------------------------------------------------
+
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads) combine_rows_kernel(CombineRows c, int64_t packs) {
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t token = item / packs, column = item % packs * N;
+  if (token >= c.tokens) return;
+  const int count = c.columns - column < N ? static_cast<int>(c.columns - column) : N;
+  const int32_t* rows_of = c.assignment_row + token * c.top_k;
+  Compute<T> sum[N] = {};
+  for (int64_t j = 0; j < c.top_k; ++j) {
+    const int64_t row = rows_of[j];
+    if (row < 0) continue;
+    const Compute<T> w =
+        c.weights ? load_as<Compute<T>>(c.weights, c.weights_dtype, token * c.top_k + j) : 1;
+    Compute<T> value[N];
+    load_neighbours<T, N>(value, static_cast<const T*>(c.rows) + row * c.columns + column, count);
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum[i] += w * value[i];
+  }
+  store_neighbours<T, N>(static_cast<T*>(c.out) + token * c.columns + column, sum, count);
+}
+
+// ---- bias gradients -------------------------------------------------------------------
+
+constexpr int kBiasColumns = 32, kBiasLanes = kThreads / kBiasColumns, kBiasBlock = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    bias_gradient_kernel(BiasGradient g, int column_blocks) {
+  using C = Compute<T>;
+  __shared__ C parts[kBiasLanes][kBiasColumns];
+  const int lane = threadIdx.x / kBiasColumns, mine = threadIdx.x % kBiasColumns;
+  const int64_t expert = blockIdx.x / column_blocks;
+  const int64_t column = static_cast<int64_t>(blockIdx.x % column_blocks) * kBiasColumns + mine;
+  const int64_t end = g.context.expert_offsets[expert + 1];
+  C total = C(0);
+  for (int64_t first = g.context.expert_offsets[expert]; first < end; first += kBiasBlock) {
+    C part = C(0);
+    const int64_t last = first + kBiasBlock < end ? first + kBiasBlock : end;
+    for (int64_t r = first + lane; r < last && column < g.columns; r += kBiasLanes) {
+      const int64_t row = g.rows.index ? g.rows.index[r] : r;
+      const C value = to_compute(static_cast<const T*>(g.rows.data)[row * g.rows.stride + column]);
+      part +=
+          g.weights ? load_as<C>(g.weights, g.weights_dtype, g.row_assignment[r]) * value : value;
+    }
+    parts[lane][mine] = part;
+    __syncthreads();
+    if (lane == 0) {
+#pragma unroll
+      for (int i = 0; i < kBiasLanes; ++i) total += parts[i][mine];
+    }
+    __syncthreads();  // the parts are read: the next ones may take their place
+  }
+  if (lane == 0 && column < g.columns) {
+    round_to(static_cast<T*>(g.out)[expert * g.columns + column], total);
+  }
+}
+
+// ---- the gradient of the routing weights ----------------------------------------------
+
+constexpr int kScoreRows = 8;  // rows of a warp: their parts fill whole sectors
+
+// The expert that row `row` belongs to: the last whose offset is not above it.
+__device__ __forceinline__ int64_t expert_of(const GemmContext& context, int64_t row) {
+  int64_t low = 0, high = context.experts;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (context.expert_offsets[middle] <= row ? low : high) = middle;
+  }
+  return low;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) score_gradient_kernel(ScoreGradient g) {
+  using C = Compute<T>;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (thread < g.assignments && g.assignment_row[thread] < 0) {
+    store_as<C>(g.out, g.out_dtype, thread, C(0));
+  }
+
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t first = thread / kWarpSize * kScoreRows;
+  const int64_t last = g.context.expert_offsets[g.context.experts];
+  if (first >= last) return;
+  const int64_t row = first + lane % kScoreRows;
+  C score = C(0);
+  if (row < last) {
+    for (int64_t tile = lane / kScoreRows; tile < g.tiles; tile += kWarpSize / kScoreRows) {
+      score += static_cast<const C*>(g.score_parts)[tile * g.context.rows + row];
+    }
+  }
+#pragma unroll
+  for (int d = kScoreRows; d < kWarpSize; d *= 2) score += __shfl_xor_sync(kFullWarp, score, d);
+
+  if (g.bias) {
+    for (int i = 0; i < kScoreRows && first + i < last; ++i) {
+      const int64_t r = first + i, from = g.dy.index ? g.dy.index[r] : r;
+      const T* dy = static_cast<const T*>(g.dy.data) + from * g.dy.stride;
+      const T* bias = static_cast<const T*>(g.bias) + expert_of(g.context, r) * g.columns;
+      C product = C(0);
+      for (int64_t column = lane; column < g.columns; column += kWarpSize) {
+        product += to_compute(dy[column]) * to_compute(bias[column]);
+      }
+#pragma unroll
+      for (int d = kWarpSize / 2; d > 0; d /= 2) {
+        product += __shfl_xor_sync(kFullWarp, product, d);
+      }
+      if (lane == i) score += product;
+    }
+  }
+  if (lane < kScoreRows && row < last) {
+    store_as<C>(g.out, g.out_dtype, g.row_assignment[row], score);
+  }
+}
+
+// ---- tails ----------------------------------------------------------------------------
+
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads) zero_tail_kernel(ZeroTail tail) {
+  const int64_t first = tail.context.expert_offsets[tail.context.experts] * tail.columns;
+  const int64_t end = tail.context.rows * tail.columns;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * N;
+  const Compute<T> zero[N] = {};
+  for (int64_t i = first + (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N; i < end;
+       i += step) {
+    store_neighbours<T, N>(static_cast<T*>(tail.rows) + i, zero,
+                           static_cast<int>(end - i < N ? end - i : N));
+  }
+}
+
+// Neighbours that a thread moves at once.
+template <class T>
+constexpr int kPack = kMaxPackBytes / sizeof(T);
+
+}  // namespace
+
+// ---- launchers ------------------------------------------------------------------------
+
+int64_t column_tiles(const RowsGemm& gemm) { return choose(kRowsGemms, gemm).column_tiles(gemm); }
+
+cudaError_t rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
+  return choose(kRowsGemms, gemm).launch(gemm, stream);
+}
+
+cudaError_t weight_gradient(const WeightGradient& gradient, cudaStream_t stream) {
+  return choose(kWeightGradients, gradient).launch(gradient, stream);
+}
+
+cudaError_t combine_rows(const CombineRows& c, cudaStream_t stream) {
+  return with_type(c.dtype, [&](auto t) {
+    using T = decltype(t);
+    const int64_t packs = (c.columns + kPack<T> - 1) / kPack<T>;
+    const int blocks = blocks_for(c.tokens * packs);
+    if (blocks == 0) return cudaSuccess;
+    return launch({dim3(blocks), dim3(kThreads), 0, stream, "combine_rows"},
+                  combine_rows_kernel<T, kPack<T>>, c, packs);
+  });
+}
+
+cudaError_t bias_gradient(const BiasGradient& g, cudaStream_t stream) {
+  return with_type(g.context.dtype, [&](auto t) {
+    const int column_blocks = static_cast<int>((g.columns + kBiasColumns - 1) / kBiasColumns);
+    const unsigned blocks = static_cast<unsigned>(g.context.experts * column_blocks);
+    if (blocks == 0) return cudaSuccess;
+    return launch({dim3(blocks), dim3(kThreads), 0, stream, "bias_gradient"},
+                  bias_gradient_kernel<decltype(t)>, g, column_blocks);
+  });
+}
+
+cudaError_t score_gradient(const ScoreGradient& g, cudaStream_t stream) {
+  return with_type(g.context.dtype, [&](auto t) {
+    const int64_t row_threads = (g.context.rows + kScoreRows - 1) / kScoreRows * kWarpSize;
+    const int blocks = blocks_for(g.assignments > row_threads ? g.assignments : row_threads);
+    if (blocks == 0) return cudaSuccess;
+    return launch({dim3(blocks), dim3(kThreads), 0, stream, "score_gradient"},
+                  score_gradient_kernel<decltype(t)>, g);
+  });
+}
+
+cudaError_t zero_tail(const ZeroTail& tail, cudaStream_t stream) {
+  return with_type(tail.context.dtype, [&](auto t) {
+    using T = decltype(t);
+    const int64_t elements = tail.context.rows * tail.columns;
+    const int blocks = blocks_for((elements + kPack<T> - 1) / kPack<T>, 2 * tail.context.sm_count);
+    if (blocks == 0) return cudaSuccess;
+    return launch({dim3(blocks), dim3(kThreads), 0, stream, "zero_tail"},
+                  zero_tail_kernel<T, kPack<T>>, tail);
+  });
+}
+
+}  // namespace moe_ext::cuda

@@ -28,9 +28,11 @@ KINDS = ("fast", "checked")
 
 COMMON = "-std=c++17 -g1 -fPIC -march=x86-64-v3 -fno-strict-aliasing -DMOE_EXT_EMULATOR"
 # -fno-gnu-unique: else two libraries in one process would share a template's statics.
+# No tail calls, no merging of equal ends: a report names the line that called.
 # -ftrivial-auto-var-init: what a kernel never wrote is garbage, not luck.
 KERNEL = (
     "-x c++ -O2 -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function -Wno-psabi"
+    " -fno-optimize-sibling-calls -fno-tree-tail-merge -fno-crossjumping"
     " -fno-gnu-unique -fvisibility-inlines-hidden -ftrivial-auto-var-init=pattern"
 )
 CHECKED = (

@@ -38,6 +38,9 @@ static std::string look_up(void* call_site) {
     std::string line = lines.substr(begin, end - begin);
     begin = end == std::string::npos ? lines.size() : end + 1;
     if (line.rfind(" (inlined by) ", 0) == 0) line.erase(0, 14);
+    const std::string anonymous = "(anonymous namespace)::";
+    for (size_t found; (found = line.find(anonymous)) != std::string::npos;)
+      line.erase(found, anonymous.size());
     const size_t at = line.rfind(" at ");
     const std::string function = line.substr(0, std::min(at, line.find('(')));
     place += (frames ? " <- " : "") + function;

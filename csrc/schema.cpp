@@ -26,10 +26,10 @@
 TORCH_LIBRARY(moe_ext, m) {
   // ---- router_logits: x (T, H), weight (E, H), bias (E) -> logits (T, E) float32.
   //      Backward: dx and dweight in their tensors' dtypes, dbias in the logits'.
-  m.def("router_logits(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("router_logits(Tensor x, Tensor weight, Tensor? bias=None) -> (Tensor logits)");
   m.def(
       "router_logits_backward(Tensor grad_logits, Tensor x, Tensor weight, bool[3] output_mask)"
-      " -> (Tensor, Tensor, Tensor)");
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // ---- topk_route: logits (T, E) -> weights (T, K), experts (T, K) int32,
   //      counts (E) int32, score_sums (E), logsumexp (T).
@@ -38,53 +38,59 @@ TORCH_LIBRARY(moe_ext, m) {
       "topk_route(Tensor logits, int top_k, Tensor? selection_bias=None, Tensor? padding_mask=None,"
       " Tensor? experts=None, str score_function=\"softmax\", bool norm_topk_prob=True,"
       " float routed_scaling_factor=1.0, int n_group=1, int topk_group=1, str group_score=\"max\")"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " -> (Tensor weights, Tensor experts, Tensor counts, Tensor score_sums, Tensor logsumexp)");
   m.def(
       "topk_route_backward(Tensor? grad_weights, Tensor? grad_score_sums, Tensor? grad_logsumexp,"
       " Tensor logits, Tensor experts, Tensor? padding_mask, str score_function, bool norm_topk_prob,"
-      " float routed_scaling_factor) -> Tensor");
+      " float routed_scaling_factor) -> (Tensor dlogits)");
 
   // ---- capacity_scatter: experts (T, K) -> the plan
   m.def(
       "capacity_scatter(Tensor experts, SymInt num_experts, SymInt? capacity=None,"
       " Tensor? weights=None, Tensor? padding_mask=None, str drop_policy=\"choice\","
-      " SymInt num_sequences=1) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " SymInt num_sequences=1) -> (Tensor expert_offsets, Tensor row_token, Tensor row_assignment,"
+      " Tensor assignment_row, Tensor expert_counts)");
 
   // ---- gather_rows: x (T, H) -> rows (R, H), for rows that travel (expert parallelism);
   //      grouped_ffn gathers by itself. Backward: dx (T, H).
-  m.def("gather_rows(Tensor x, Tensor row_token, Tensor assignment_row) -> Tensor");
-  m.def("gather_rows_backward(Tensor grad_rows, Tensor assignment_row) -> Tensor");
+  m.def("gather_rows(Tensor x, Tensor row_token, Tensor assignment_row) -> (Tensor rows)");
+  m.def("gather_rows_backward(Tensor grad_rows, Tensor assignment_row) -> (Tensor dx)");
 
   // ---- grouped_ffn: x (T, H) -> rows (R, H), preactivations (R, 2I or I)
   m.def(
       "grouped_ffn(Tensor x, Tensor expert_offsets, Tensor row_token, Tensor assignment_row, "
       EXPERT_PARAMETERS ", " FFN_OPTIONS
-      ", bool keep_preactivations=True, bool batch_invariant=False) -> (Tensor, Tensor)");
+      ", bool keep_preactivations=True, bool batch_invariant=False)"
+      " -> (Tensor rows, Tensor preactivations)");
   m.def(
       "grouped_ffn_backward(Tensor grad_rows, Tensor x, Tensor preactivations,"
       " Tensor expert_offsets, Tensor row_token, Tensor assignment_row, "
       EXPERT_PARAMETERS ", " FFN_OPTIONS
-      ", *, bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      ", *, bool[5] output_mask)"
+      " -> (Tensor dx, Tensor dup_proj, Tensor ddown_proj, Tensor dup_bias, Tensor ddown_bias)");
 
   // ---- weighted_combine: rows (R, H), weights (T, K) -> (T, H)
   m.def(
       "weighted_combine(Tensor rows, Tensor weights, Tensor row_assignment, Tensor assignment_row)"
-      " -> Tensor");
+      " -> (Tensor y)");
   m.def(
-      "weighted_combine_backward(Tensor grad, Tensor rows, Tensor weights, Tensor row_assignment,"
-      " Tensor assignment_row, bool[2] output_mask) -> (Tensor, Tensor)");
+      "weighted_combine_backward(Tensor grad_y, Tensor rows, Tensor weights, Tensor row_assignment,"
+      " Tensor assignment_row, bool[2] output_mask) -> (Tensor drows, Tensor dweights)");
 
   // ---- moe_forward: grouped_ffn and weighted_combine in one, keeping
   //      only x and the preactivations -> y (T, H), preactivations (R, 2I or I)
   m.def(
       "moe_forward(Tensor x, Tensor weights, Tensor expert_offsets, Tensor row_token,"
       " Tensor row_assignment, Tensor assignment_row, " EXPERT_PARAMETERS ", " FFN_OPTIONS
-      ", bool keep_preactivations=True, bool batch_invariant=False) -> (Tensor, Tensor)");
+      ", bool keep_preactivations=True, bool batch_invariant=False)"
+      " -> (Tensor y, Tensor preactivations)");
   m.def(
-      "moe_backward(Tensor grad, Tensor x, Tensor weights, Tensor preactivations,"
+      "moe_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor preactivations,"
       " Tensor expert_offsets, Tensor row_token, Tensor row_assignment, Tensor assignment_row, "
       EXPERT_PARAMETERS ", " FFN_OPTIONS
-      ", *, bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      ", *, bool[6] output_mask)"
+      " -> (Tensor dx, Tensor dweights, Tensor dup_proj, Tensor ddown_proj, Tensor dup_bias,"
+      " Tensor ddown_bias)");
 
   // ---- accumulate_stats: adds one forward's routing to running sums; nothing while a
   //      backward pass runs, so that a recomputed forward counts once.

@@ -28,14 +28,10 @@ import contextlib
 import re
 
 import torch
-from torch.autograd import forward_ad
 
 from . import reference
 from ._load import BACKEND
 from .types import Plan, Route
-
-if BACKEND != "reference":
-    from . import _ops
 
 ops = torch.ops.moe_ext
 
@@ -64,21 +60,6 @@ def batch_invariant(enabled=True):
         _batch_invariant = previous
 
 
-def _refuse_transforms(op, *tensors):
-    """The ops' gradients are unknown to torch.func and to dual numbers: a silent zero there."""
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError(
-            f"{op}: the transforms of torch.func (grad, vmap, jvp ...) are not supported:"
-            " use torch.autograd"
-        )
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
-        raise RuntimeError(f"{op}: forward-mode AD is not supported: use torch.autograd")
-
-
 def _autocast(x, *others):
     """x and the experts' parameters in autocast's dtype, where autocast is on."""
     device = x.device.type
@@ -92,12 +73,19 @@ def _needs_gradient(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _call(name, *args, needs_gradient):
-    """The op; in eager mode, where a gradient will be wanted, through its autograd.Function."""
+def _call(name, *args):
+    """The op; what it cannot take is refused in words."""
+    op = getattr(ops, name)
     if torch.compiler.is_compiling():
-        return getattr(ops, name)(*args)
+        return op(*args)
+    # The ops' gradients are unknown to torch.func: a silent zero there.
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            f"{name}: the transforms of torch.func (grad, vmap, jvp ...) are not supported:"
+            " use torch.autograd"
+        )
     try:
-        return (_ops.differentiable[name] if needs_gradient else getattr(ops, name))(*args)
+        return op(*args)
     except RuntimeError as error:
         # The dispatcher's word for an argument that is not of the schema's type.
         wrong = re.match(
@@ -127,12 +115,10 @@ def router_logits(x, weight, bias=None):
 
     Differentiable in x, weight and bias. 2 T H E FLOPs.
     """
-    _refuse_transforms("router_logits", x, weight, bias)
     if BACKEND == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.router_logits(x, weight, bias)
-    needs_gradient = _needs_gradient(x, weight, bias)
-    return _call("router_logits", x, weight, bias, needs_gradient=needs_gradient)
+    return _call("router_logits", x, weight, bias)
 
 
 def topk_route(
@@ -184,15 +170,13 @@ def topk_route(
     Differentiable in logits through weights, score_sums and logsumexp; the choice is a
     constant. No gradient reaches selection_bias.
     """
-    _refuse_transforms("topk_route", logits)
     options = (
         selection_bias, padding_mask, experts, score_function, norm_topk_prob,
         routed_scaling_factor, n_group, topk_group, group_score,
     )  # fmt: skip
     if BACKEND == "reference":
         return reference.topk_route(logits, top_k, **dict(zip(_ROUTE_OPTIONS, options)))
-    needs_gradient = _needs_gradient(logits)
-    return Route(*_call("topk_route", logits, top_k, *options, needs_gradient=needs_gradient))
+    return Route(*_call("topk_route", logits, top_k, *options))
 
 
 _ROUTE_OPTIONS = (
@@ -236,7 +220,6 @@ def capacity_scatter(
 
     Not differentiable: everything in it is an index.
     """
-    _refuse_transforms("capacity_scatter", weights)
     if BACKEND == "reference":
         return reference.capacity_scatter(
             experts, num_experts, capacity, weights=weights, padding_mask=padding_mask,
@@ -244,7 +227,7 @@ def capacity_scatter(
         )  # fmt: skip
     plan = _call(
         "capacity_scatter", experts, num_experts, capacity, weights, padding_mask, drop_policy,
-        num_sequences, needs_gradient=False,
+        num_sequences,
     )  # fmt: skip
     return Plan(*plan)
 
@@ -265,13 +248,9 @@ def gather_rows(x, plan):
     Differentiable in x: a token's gradient is the sum of its rows' gradients, added in
     the order of j. 2 R H elements of traffic forward, R H + T H backward.
     """
-    _refuse_transforms("gather_rows", x)
     if BACKEND == "reference":
         return reference.gather_rows(x, plan)
-    needs_gradient = _needs_gradient(x)
-    return _call(
-        "gather_rows", x, plan.row_token, plan.assignment_row, needs_gradient=needs_gradient
-    )
+    return _call("gather_rows", x, plan.row_token, plan.assignment_row)
 
 
 def grouped_ffn(
@@ -315,15 +294,14 @@ def grouped_ffn(
     Differentiable in x and the parameters; keeps x and the pre-activations (R, 2I) or
     (R, I) for the backward pass. 6 H I FLOPs a row with a gate, 4 H I without.
     """
-    _refuse_transforms("grouped_ffn", x, up_proj, down_proj, up_bias, down_bias)
     x, *parameters = _autocast(x, up_proj, down_proj, up_bias, down_bias)
     options = (activation, limit, alpha, up_offset, transposed, interleaved)
     if BACKEND == "reference":
         return reference.grouped_ffn(x, plan, *parameters, **dict(zip(_FFN_OPTIONS, options)))
-    needs_gradient = _needs_gradient(x, *parameters)
+    keep_preactivations = _needs_gradient(x, *parameters)
     rows, _ = _call(
         "grouped_ffn", x, plan.expert_offsets, plan.row_token, plan.assignment_row, *parameters,
-        *options, needs_gradient, _batch_invariant, needs_gradient=needs_gradient,
+        *options, keep_preactivations, _batch_invariant,
     )  # fmt: skip
     return rows
 
@@ -344,13 +322,9 @@ def weighted_combine(rows, weights, plan):
 
     Differentiable in rows and weights; a dropped assignment's weight gets exactly 0.
     """
-    _refuse_transforms("weighted_combine", rows, weights)
     if BACKEND == "reference":
         return reference.weighted_combine(rows, weights, plan)
-    return _call(
-        "weighted_combine", rows, weights, plan.row_assignment, plan.assignment_row,
-        needs_gradient=_needs_gradient(rows, weights),
-    )  # fmt: skip
+    return _call("weighted_combine", rows, weights, plan.row_assignment, plan.assignment_row)
 
 
 def moe_forward(
@@ -399,17 +373,15 @@ def moe_forward(
     Differentiable in x, weights and the parameters. 6 H I FLOPs a row with a gate,
     4 H I without.
     """
-    _refuse_transforms("moe_forward", x, weights, up_proj, down_proj, up_bias, down_bias)
     x, *parameters = _autocast(x, up_proj, down_proj, up_bias, down_bias)
     options = (activation, limit, alpha, up_offset, transposed, interleaved)
     if BACKEND == "reference":
         return reference.moe_forward(
             x, weights, plan, *parameters, **dict(zip(_FFN_OPTIONS, options))
         )
-    needs_gradient = _needs_gradient(x, weights, *parameters)
+    keep_preactivations = _needs_gradient(x, weights, *parameters)
     y, _ = _call(
         "moe_forward", x, weights, plan.expert_offsets, plan.row_token, plan.row_assignment,
-        plan.assignment_row, *parameters, *options, needs_gradient, _batch_invariant,
-        needs_gradient=needs_gradient,
+        plan.assignment_row, *parameters, *options, keep_preactivations, _batch_invariant,
     )  # fmt: skip
     return y

@@ -32,11 +32,11 @@ inline void check_weighted_combine_backward(const at::Tensor& grad, const at::Te
                                             const at::Tensor& assignment_row) {
   constexpr const char* op = "weighted_combine_backward";
   check_weighted_combine(op, rows, weights, row_assignment, assignment_row);
-  check_argument(op, "grad", grad, grad.scalar_type() == rows.scalar_type(),
+  check_argument(op, "grad_y", grad, grad.scalar_type() == rows.scalar_type(),
                  grad.dim() == 2 && grad.size(0) == weights.size(0) && grad.size(1) == rows.size(1),
                  "of rows' dtype ", dtype_name(rows.scalar_type()), " and shape (T, H) = (",
                  weights.size(0), ", ", rows.size(1), ")");
-  check_same_device(op, "grad", grad, "rows", rows);
+  check_same_device(op, "grad_y", grad, "rows", rows);
 }
 
 // What the sums are taken in.

@@ -554,28 +554,35 @@ fault(
 
 # ---- autograd wiring ------------------------------------------------------------
 
-fault = faults("moe_ext/_ops.py")
+fault = faults("csrc/autograd.cpp")
 fault(
     "a checkpointed forward pass is recomputed without autograd",
-    "saved = ctx.saved_tensors\n",
-    "with torch._C._AutoDispatchBelowAutograd():\n            saved = ctx.saved_tensors\n",
+    "const variable_list saved = ctx->get_saved_variables();",
+    "const at::AutoDispatchBelowAutograd below;\n"
+    "    const variable_list saved = ctx->get_saved_variables();",
     "tests/test_checkpoint.py::test_checkpointing_changes_nothing",
 )
 fault(
-    "grouped_ffn: up_proj's gradient is computed where down_proj's is needed",
-    "mask = _wanted(ctx, 0, 4, 5, 6, 7)",
-    "mask = _wanted(ctx, 0, 5, 4, 6, 7)",
+    "frozen experts cost their gradient",
+    "mask.push_back(wanted(input))",
+    "mask.push_back(kept->edges[input] >= 0)",
     "tests/test_grouped_ffn.py::TestOperator::test_only_needed_gradients",
 )
 fault(
-    "moe_forward keeps expert_counts' worth of bytes too many: a copy of x",
-    "ctx.save_for_backward(x, weights, preactivations, *plan_and_parameters)",
-    "ctx.save_for_backward(x.clone(), weights, preactivations, *plan_and_parameters)",
+    "the output is kept for the backward pass",
+    "ctx->save_for_backward(std::move(saved));",
+    "saved.push_back(outputs[0]);\n    ctx->save_for_backward(std::move(saved));",
     "tests/test_moe_forward.py::TestOperator::test_bytes_kept_for_backward",
 )
 fault(
-    "moe_forward: the weights get no gradient",
-    "mask = _wanted(ctx, 0, 1, 6, 7, 8, 9)",
-    "mask = _wanted(ctx, 0, 99, 6, 7, 8, 9)",
-    "tests/test_moe_forward.py::TestNumbers::test_weights_of_zero_have_a_gradient",
+    "a gradient goes to another input",
+    "stack[r].toTensor()",
+    "stack[r ^ 1].toTensor()",
+    "tests/test_weighted_combine.py",
+)
+fault(
+    "forward-mode AD gives a silent zero",
+    "!tensor._fw_grad(/*level=*/0).defined()",
+    "true",
+    "tests/test_moe.py::test_unsupported_derivatives_raise",
 )

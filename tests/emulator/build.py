@@ -9,7 +9,7 @@ is compiled. Four libraries, in build/emulator/<kind>/:
     libkernels.so         csrc/cuda/kernels/*.cu. Nothing else, for its thread-local block is
                           the kernels' static shared memory
     libprimitives.so      tests/emulator/kernels/*.cu, the micro-kernels of the tests
-    moe_ext_emulated.so   the ops: csrc/schema.cpp and csrc/cuda/*.cpp, registered for CPU
+    moe_ext_emulated.so   the ops: csrc/{schema,autograd}.cpp and csrc/cuda/*.cpp, registered for CPU
 
 `checked` instruments every access of the kernels; see README.md.
 """
@@ -90,7 +90,7 @@ def sources():
     """(ops and their helpers as C++, kernels)"""
     ours = ["csrc/build_info.cpp", "tests/emulator/torch_allocator.cpp"]
     if not lacking():  # else the CPU library brings the schema, and the ops that we lack
-        ours.append("csrc/schema.cpp")
+        ours += ["csrc/schema.cpp", "csrc/autograd.cpp"]
     cuda = sorted(ROOT.glob("csrc/cuda/*.cpp"))
     return [*map(ROOT.joinpath, ours), *cuda], sorted(ROOT.glob("csrc/cuda/kernels/*.cu"))
 

@@ -17,30 +17,35 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def interleaved(contestants, repeats, *, prepare=None, patience=20.0, at_least=2.0):
-    """{name: [seconds, ...]}: the contestants' timed calls in turn, round by round, so
-    that a slow moment of the machine hits all of them.
+def interleaved(contestants, repeats, *, prepare=None, patience=20.0, at_least=2.0, turn=5e-3):
+    """{name: [seconds a call, ...]}: the contestants take turns, round by round, so that a
+    slow moment of the machine hits all of them.
 
-    contestants: {name: function()}. prepare: called before each timed call, untimed.
-    Short calls get more rounds than `repeats`, until they fill `at_least` seconds. A
-    contestant whose warm-up takes longer than `patience` seconds counts by that one
-    call; its list holds a single time.
+    contestants: {name: function()}. prepare: called before each call, untimed. A turn is
+    one call; of calls shorter than `turn` seconds, as many as fill it, since a model runs
+    its small layers one after another. Short rounds are more than `repeats`, until they
+    fill `at_least` seconds. A contestant whose warm-up takes longer than `patience`
+    seconds counts by that one call; its list holds a single time.
     """
 
-    def timed(function):
-        if prepare is not None:
-            prepare()
-        begin = time.perf_counter()
-        function()
-        return time.perf_counter() - begin
+    def timed(function, calls=1):
+        seconds = 0.0
+        for _ in range(calls):
+            if prepare is not None:
+                prepare()
+            begin = time.perf_counter()
+            function()
+            seconds += time.perf_counter() - begin
+        return seconds / calls
 
     times = {name: [timed(function)] for name, function in contestants.items()}
     quick = {name: f for name, f in contestants.items() if times[name][0] <= patience}
-    round_seconds = sum(timed(function) for function in quick.values())
+    calls = {name: max(1, int(turn / timed(function))) for name, function in quick.items()}
+    round_seconds = sum(calls[name] * timed(function) for name, function in quick.items())
     times.update({name: [] for name in quick})
     for _ in range(max(repeats, min(400, int(at_least / round_seconds)))):
         for name, function in quick.items():
-            times[name].append(timed(function))
+            times[name].append(timed(function, calls[name]))
     return times
 
 

@@ -47,6 +47,11 @@ def strided(tensor):
     return view.copy_(tensor)
 
 
+def shifted(tensor):
+    """The same values in a view that begins one element into its storage."""
+    return tensor.new_empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
+
+
 def draw_experts(tokens, num_experts, top_k, routing="distinct"):
     """Experts (T, K) int32: a routing of one of the kinds in ROUTINGS.
 

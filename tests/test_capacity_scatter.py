@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffn_suite import needs_ops
+from ffn_suite import ON_GPU, needs_ops, needs_values
 from moe_ext import functional, reference
 from moe_ext.types import Plan
 from oracle import DTYPES, ROUTINGS, bits_equal, draw_experts, strided
@@ -181,6 +181,67 @@ def test_no_tokens():
         assert plan.expert_offsets.tolist() == [0] * 6
 
 
+def check_large(experts, num_experts, capacity=None, **options):
+    """As `check`, for sizes that the naive loop takes too long for."""
+    plan = functional.capacity_scatter(experts, num_experts, capacity, **options)
+    expected = reference.capacity_scatter(experts, num_experts, capacity, **options)
+    for name in Plan._fields:
+        assert torch.equal(getattr(plan, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("drop_policy", POLICIES)
+@pytest.mark.parametrize("routing", ("skewed", "sentinels", "one_expert"))
+@pytest.mark.parametrize("sequences, capacity", ((1, None), (1, 150), (3, 60), (50, 3)))
+def test_many_segments(drop_policy, routing, sequences, capacity):
+    """More assignments than a warp, a block or a part of the sort takes by itself."""
+    tokens = 1500
+    experts = draw_experts(tokens, 12, 4, routing)
+    weights = (torch.rand(tokens, 4) * 50).round() / 50  # with ties
+    mask = torch.rand(tokens) < 0.1
+    check_large(
+        experts, 12, capacity, weights=weights, padding_mask=mask, drop_policy=drop_policy,
+        num_sequences=sequences,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("drop_policy", POLICIES)
+@pytest.mark.parametrize(
+    "num_experts, sequences", ((65, 1), (65, 4), (1500, 1), (1500, 4), (7000, 2))
+)
+def test_many_experts(drop_policy, num_experts, sequences):
+    """More experts than counters fit a block's shared memory, or than are scanned at a time."""
+    experts = torch.randint(num_experts, (200, 8))
+    experts[::3] //= 100
+    weights = torch.randn(200, 8)
+    for capacity in (None, 2):
+        check_large(
+            experts, num_experts, capacity, weights=weights, drop_policy=drop_policy,
+            num_sequences=sequences,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_differ_in_every_digit(dtype):
+    """Numbers of all magnitudes and both signs; then neighbours, which the last bits tell apart."""
+    size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    info = torch.iinfo(size)
+    everything = torch.randint(info.min, info.max, (400, 2), dtype=size).view(dtype)
+    neighbours = (torch.ones((), dtype=dtype).view(size) + torch.randint(300, (400, 2))).to(size)
+    for weights in (everything, neighbours.view(dtype), -neighbours.view(dtype)):
+        experts = draw_experts(400, 3, 2)
+        for capacity in (1, 100, 250):
+            check_large(experts, 3, capacity, weights=weights, drop_policy="probs")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="elsewhere it is an error")
+def test_ids_below_zero_are_sentinels_on_a_gpu():
+    experts = draw_experts(30, 4, 3, "sentinels").long()
+    below = torch.where(experts >= 4, torch.randint(-(2**40), 0, experts.shape), experts)
+    for capacity in (None, 5):
+        expected = functional.capacity_scatter(experts, 4, capacity)
+        assert bits_equal(tuple(functional.capacity_scatter(below, 4, capacity)), tuple(expected))
+
+
 # ---- tensors as they come ----
 
 
@@ -252,8 +313,6 @@ BAD = (
     ),
     (dict(experts=torch.zeros(4, 2, dtype=torch.bool)), TypeError, "experts must .* got bool"),
     (dict(experts=torch.zeros(4, dtype=torch.int32)), ValueError, r"experts must .* int32 \(4,\)"),
-    (dict(experts=torch.tensor([[0, 1], [2, -1]])), ValueError, "experts must be ids .* got -1"),
-    (dict(experts=torch.full((4, 2), -3)), ValueError, "experts must be ids of at least 0.*got -3"),
     (dict(num_experts=0), ValueError, "num_experts must be .* got 0"),
     (dict(num_experts=2**31), ValueError, "num_experts must be"),
     (dict(capacity=1.5), TypeError, "capacity must be of type int, got float"),
@@ -281,3 +340,12 @@ def test_bad_input(case):
     arguments = dict(experts=torch.zeros(4, 2, dtype=torch.int32), num_experts=3) | spoiled
     with pytest.raises(error, match="^capacity_scatter: " + text):
         functional.capacity_scatter(**arguments)
+
+
+@needs_values
+def test_ids_below_zero_are_refused():
+    for experts, lowest in ((torch.tensor([[0, 1], [2, -1]]), -1), (torch.full((4, 2), -3), -3)):
+        with pytest.raises(
+            ValueError, match=f"^capacity_scatter: experts must be ids of at least 0.* got {lowest}"
+        ):
+            functional.capacity_scatter(experts, 3)

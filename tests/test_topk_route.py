@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ffn_suite import needs_ops
 from moe_ext import functional, reference
+from moe_ext.testing import relative_error
 from moe_ext.types import Route
 from oracle import DTYPES, assert_matches, assert_same_bits, bits_equal, evaluate, strided, unit
 
@@ -52,6 +53,37 @@ def test_score_functions(dtype, score_function, norm_topk_prob, scale):
 def test_sizes(num_experts, score_function):
     for top_k in {1, min(2, num_experts), min(8, num_experts), min(40, num_experts), num_experts}:
         check(eighths(5, num_experts), top_k, score_function=score_function)
+
+
+@pytest.mark.parametrize("num_experts", (513, 1024, 1025, 1100))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+def test_long_rows(num_experts, dtype):
+    """Past 1024 experts (512 in float64) a GPU keeps the row in memory."""
+    logits = eighths(7, num_experts, dtype=dtype)
+    mask = torch.tensor([False] * 5 + [True, False])
+    check(logits, 9, padding_mask=mask, score_function="sigmoid", routed_scaling_factor=2.5)
+    check(logits, 70, selection_bias=torch.randn(num_experts), norm_topk_prob=False)
+    if num_experts % 4 == 0:
+        for score in ("max", "top2_sum"):
+            check(logits, 5, n_group=num_experts // 4, topk_group=3, group_score=score)
+    experts = torch.randint(num_experts + 9, (7, 40))
+    experts[0, :4] = 3
+    check(logits, 40, experts=experts, score_function="softmax_topk")
+
+
+@pytest.mark.parametrize("num_experts", (3, 65))
+def test_many_tokens(num_experts):
+    """Enough of them that a GPU's team takes several (65 experts: 2; see topk_route_grid)."""
+    tokens = 17000
+    logits = eighths(tokens, num_experts)
+    mask = torch.rand(tokens) < 0.1
+    route = functional.topk_route(logits, 2, padding_mask=mask)
+    expected = reference.topk_route(logits.double(), 2, padding_mask=mask)
+    assert torch.equal(route.experts, expected.experts)
+    assert torch.equal(route.counts, expected.counts)
+    for name in ("weights", "score_sums", "logsumexp"):
+        error = relative_error(getattr(route, name), getattr(expected, name))
+        assert error < 4 * torch.finfo(torch.float32).eps, name
 
 
 @pytest.mark.parametrize("tokens", (0, 1, 255, 256, 257, 513, 1100))
@@ -419,7 +451,6 @@ BAD = (
     (dict(padding_mask=torch.zeros(4, 1, dtype=torch.bool)), ValueError, "padding_mask must be"),
     (dict(experts=torch.zeros(4, 2)), TypeError, r"experts must be int32 or int64 .*float32"),
     (dict(experts=torch.zeros(4, 3, dtype=torch.int32)), ValueError, "experts must be int32"),
-    (dict(experts=torch.full((4, 2), -1)), ValueError, "experts must be ids of at least 0.*got -1"),
 )
 
 
@@ -430,6 +461,28 @@ def test_bad_input(case):
     arguments = dict(logits=torch.zeros(4, 6), top_k=2) | spoiled
     with pytest.raises(error, match="^topk_route: " + text):
         functional.topk_route(**arguments)
+
+
+@needs_ops
+@pytest.mark.parametrize("id_dtype", (torch.int32, torch.int64))
+def test_ids_below_zero(id_dtype):
+    """The CPU refuses them. Only the memory of a GPU could tell: there they are sentinels."""
+    experts = torch.tensor([[-1, 2], [0, torch.iinfo(id_dtype).min]], dtype=id_dtype)
+    logits = torch.randn(2, 6, requires_grad=True)
+    if functional.BACKEND not in ("emulated", "cuda"):
+        with pytest.raises(ValueError, match="experts must be ids of at least 0.*got -"):
+            functional.topk_route(logits, 2, experts=experts)
+        return
+    route = functional.topk_route(logits, 2, experts=experts)
+    expected = functional.topk_route(logits, 2, experts=torch.where(experts < 0, 6, experts))
+    assert bits_equal(tuple(route), tuple(expected))
+    assert route.weights[0, 0] == 0 == route.weights[1, 1] and route.experts.max() == 6
+    arguments = (unit(2, 2), None, None, logits.detach())
+    options = (None, "softmax", False, 1.0)
+    backward = torch.ops.moe_ext.topk_route_backward
+    assert bits_equal(
+        backward(*arguments, experts, *options), backward(*arguments, route.experts, *options)
+    )
 
 
 @needs_ops

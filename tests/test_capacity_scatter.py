@@ -206,7 +206,7 @@ def test_many_segments(drop_policy, routing, sequences, capacity):
 
 @pytest.mark.parametrize("drop_policy", POLICIES)
 @pytest.mark.parametrize(
-    "num_experts, sequences", ((65, 1), (65, 4), (1500, 1), (1500, 4), (7000, 2))
+    "num_experts, sequences", ((65, 1), (65, 4), (1500, 1), (1500, 4), (7000, 4))
 )
 def test_many_experts(drop_policy, num_experts, sequences):
     """More experts than counters fit a block's shared memory, or than are scanned at a time."""

@@ -205,6 +205,28 @@ def test_unaligned(dtype):
     assert_within_bound("d_weights", actual["d_weights"], *[expected["d_weights"]] * 2)
 
 
+def test_more_than_2_31_elements():
+    """Offsets need 64 bits. Only the two rows that the token takes are ever touched."""
+    hidden = 4096
+    count = 2**31 // hidden + 2
+    rows = torch.empty(count, hidden, dtype=torch.bfloat16)
+    taken = torch.tensor([1, count - 1])
+    rows[taken] = unit(2, hidden, dtype=rows.dtype)
+    row_assignment = torch.full((count,), -1, dtype=torch.int32)
+    row_assignment[taken] = torch.arange(2, dtype=torch.int32)
+    few = draw_plan(1, 2, 2)._replace(
+        row_assignment=torch.arange(2, dtype=torch.int32),
+        assignment_row=torch.arange(2, dtype=torch.int32)[None],
+    )
+    many = few._replace(row_assignment=row_assignment, assignment_row=taken.int()[None])
+    weights, cotangents = unit(1, 2), {}
+    expected, actual = (
+        evaluate(bind(functional, plan), dict(rows=r, weights=weights), ["rows"], cotangents)
+        for plan, r in ((few, rows[taken]), (many, rows))
+    )
+    assert bits_equal(actual, expected)
+
+
 def test_expanded_gradient():
     """sum().backward() sends a gradient whose strides are 0."""
     plan = draw_plan(10, 4, 2)

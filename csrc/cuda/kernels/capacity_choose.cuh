@@ -46,12 +46,8 @@ __device__ __forceinline__ int32_t sum_below(int32_t value, int32_t& total) {
   constexpr int kWarps = kChooseThreads / kWarpSize;
   __shared__ int32_t warp_sums[kWarps];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  int32_t sum = value;
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const int32_t lower = __shfl_up_sync(kFullWarp, sum, distance);
-    if (lane >= distance) sum += lower;
-  }
-  __syncthreads();
+  const int32_t sum = sum_through_lane(lane, value);
+  __syncthreads();  // whoever used `warp_sums` before is done
   if (lane == kWarpSize - 1) warp_sums[warp] = sum;
   __syncthreads();
   int32_t below = 0;

@@ -68,4 +68,13 @@ __device__ __forceinline__ Segment segment_of(const CapacityScatter& p, int64_t 
   };
 }
 
+// The sum of `value` over the warp's lanes up to this one.
+__device__ __forceinline__ int32_t sum_through_lane(int lane, int32_t value) {
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const int32_t lower = __shfl_up_sync(kFullWarp, value, distance);
+    if (lane >= distance) value += lower;
+  }
+  return value;
+}
+
 }  // namespace moe_ext::cuda

@@ -6,6 +6,8 @@
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 
+#include "cuda/kernels/weighted_combine.h"
+
 namespace moe_ext {
 namespace {
 
@@ -14,10 +16,15 @@ const void* pointer(const at::Tensor& tensor) {
 }
 
 cuda::GemmContext context_of(const OnDevice& device, const FfnCall& call, bool batch_invariant) {
-  return {dtype_of(call.x),  device.sm(),
-          device.sm_count(), at::globalContext().allowTF32CuBLAS(),
-          batch_invariant,   call.rows,
-          call.experts,      call.expert_offsets.const_data_ptr<int32_t>()};
+  return {dtype_of(call.x),
+          device.sm(),
+          device.sm_count(),
+          at::globalContext().allowTF32CuBLAS(),
+          batch_invariant,
+          call.tokens,
+          call.rows,
+          call.experts,
+          call.expert_offsets.const_data_ptr<int32_t>()};
 }
 
 // A (rows, columns) matrix of our own, or a tensor of tokens that rows are gathered from.
@@ -94,12 +101,19 @@ void zero_tail(const char* op, const OnDevice& device, const FfnCall& call,
 at::Tensor combine_tokens(const char* op, const OnDevice& device, const FfnCall& call,
                           const at::Tensor& rows, const at::Tensor& weights) {
   at::Tensor out = at::empty({call.tokens, call.hidden}, call.x.options());
-  check_launch(
-      op, cuda::combine_rows(
-              {dtype_of(call.x), call.tokens, call.top_k, call.hidden, rows.const_data_ptr(),
-               call.assignment_row.const_data_ptr<int32_t>(), pointer(weights),
-               weights.defined() ? dtype_of(weights) : cuda::Dtype::f32, out.mutable_data_ptr()},
-              device.stream()));
+  const cuda::Dtype dtype = dtype_of(call.x);
+  const cuda::Dtype weights_dtype = weights.defined() ? dtype_of(weights) : dtype;
+  const cuda::TokenRows plan{call.tokens,
+                             call.top_k,
+                             call.hidden,
+                             call.rows,
+                             dtype,
+                             dtype == cuda::Dtype::f64 ? dtype : cuda::Dtype::f32,
+                             call.assignment_row.const_data_ptr<int32_t>(),
+                             pointer(weights),
+                             weights_dtype};
+  check_launch(op, cuda::sum_token_rows({plan, rows.const_data_ptr(), out.mutable_data_ptr()},
+                                        device.stream()));
   return out;
 }
 

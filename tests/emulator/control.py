@@ -12,6 +12,7 @@ _folder = build.folder(os.environ.get("MOE_EXT_EMULATOR_BUILD", "fast"))
 _library = ctypes.CDLL(str(_folder / "libemulator.so"))
 _library.moe_ext_emulator_set.argtypes = (ctypes.c_uint64, ctypes.c_int, ctypes.c_int)
 _library.moe_ext_emulator_launches.restype = ctypes.c_uint64
+_library.moe_ext_emulator_launched.restype = ctypes.c_char_p
 
 
 def set(seed=0, delivery=BY_SEED, device=0):
@@ -23,6 +24,11 @@ def set(seed=0, delivery=BY_SEED, device=0):
 def launches():
     """How many grids have run."""
     return _library.moe_ext_emulator_launches()
+
+
+def launched():
+    """The names of the grids that have run since `set`, in order."""
+    return _library.moe_ext_emulator_launched().decode().splitlines()
 
 
 def primitives():

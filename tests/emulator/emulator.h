@@ -149,4 +149,5 @@ cudaError_t launch(const char* name, dim3 grid, dim3 block, size_t smem_bytes,
 extern "C" {
 void moe_ext_emulator_set(uint64_t seed, int delivery, int device);
 uint64_t moe_ext_emulator_launches();
+const char* moe_ext_emulator_launched();
 }

@@ -1,9 +1,6 @@
 // The experts' launchers: the table that says which kernel runs a product, and the small
 // kernels beside the products.
 //
-// combine_rows     y[t] = sum_j w[t][j] rows[assignment_row[t][j]], in the order of j. A
-//                  thread has N neighbouring columns of one token (16 bytes): K reads of
-//                  its rows, one write.
 // bias_gradient    db_e = sum over e's rows of w_r rows[r]. A block has 32 columns of one
 //                  expert and goes through its rows in blocks of 256, in order.
 // score_gradient   dw[t][j] = the row's parts in a fixed order + <dy, bias>. A warp has 8
@@ -16,6 +13,7 @@
 // bytes a thread. A sum is always one thread's or one warp's, in a fixed order: the same
 // bits every time.
 #include "grouped_ffn.h"
+#include "grouped_gemm_decode.cuh"
 #include "grouped_gemm_simt.cuh"
 #include "grouped_gemm_sm80.h"
 
@@ -53,10 +51,20 @@ int blocks_for(int64_t items, int64_t most = INT32_MAX) {
 struct RowsGemmKernel {
   const char* name;
   bool (*takes)(const RowsGemm&);
-  int64_t (*column_tiles)(const RowsGemm&);
+  int64_t (*column_tiles)(const RowsGemm&);  // of a kBackward epilogue; null: never takes one
   cudaError_t (*launch)(const RowsGemm&, cudaStream_t);
 };
 constexpr RowsGemmKernel kRowsGemms[] = {
+    {"decode", decode::takes, nullptr,
+     [](const RowsGemm& g, cudaStream_t stream) {
+       return with_type(g.context.dtype, [&](auto t) {
+         if constexpr (sizeof(t) == 8) {
+           return cudaErrorInvalidValue;
+         } else {
+           return decode::launch_rows_gemm<decltype(t)>(g, stream);
+         }
+       });
+     }},
     {"sm80", sm80_takes, sm80_column_tiles, sm80_rows_gemm},
     {"simt", [](const RowsGemm&) { return true; }, simt::column_tiles,
      [](const RowsGemm& g, cudaStream_t stream) {
@@ -85,29 +93,6 @@ const Kernel& choose(const Kernel (&kernels)[N], const Problem& problem) {
   const Kernel* kernel = kernels;
   while (!kernel->takes(problem)) ++kernel;
   return *kernel;
-}
-
-// ---- the sum of a token's rows --------------------------------------------------------
-
-template <class T, int N>
-__global__ void __launch_bounds__(kThreads) combine_rows_kernel(CombineRows c, int64_t packs) {
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t token = item / packs, column = item % packs * N;
-  if (token >= c.tokens) return;
-  const int count = c.columns - column < N ? static_cast<int>(c.columns - column) : N;
-  const int32_t* rows_of = c.assignment_row + token * c.top_k;
-  Compute<T> sum[N] = {};
-  for (int64_t j = 0; j < c.top_k; ++j) {
-    const int64_t row = rows_of[j];
-    if (row < 0) continue;
-    const Compute<T> w =
-        c.weights ? load_as<Compute<T>>(c.weights, c.weights_dtype, token * c.top_k + j) : 1;
-    Compute<T> value[N];
-    load_neighbours<T, N>(value, static_cast<const T*>(c.rows) + row * c.columns + column, count);
-#pragma unroll
-    for (int i = 0; i < N; ++i) sum[i] += w * value[i];
-  }
-  store_neighbours<T, N>(static_cast<T*>(c.out) + token * c.columns + column, sum, count);
 }
 
 // ---- bias gradients -------------------------------------------------------------------
@@ -234,17 +219,6 @@ cudaError_t rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
 
 cudaError_t weight_gradient(const WeightGradient& gradient, cudaStream_t stream) {
   return choose(kWeightGradients, gradient).launch(gradient, stream);
-}
-
-cudaError_t combine_rows(const CombineRows& c, cudaStream_t stream) {
-  return with_type(c.dtype, [&](auto t) {
-    using T = decltype(t);
-    const int64_t packs = (c.columns + kPack<T> - 1) / kPack<T>;
-    const int blocks = blocks_for(c.tokens * packs);
-    if (blocks == 0) return cudaSuccess;
-    return launch({dim3(blocks), dim3(kThreads), 0, stream, "combine_rows"},
-                  combine_rows_kernel<T, kPack<T>>, c, packs);
-  });
 }
 
 cudaError_t bias_gradient(const BiasGradient& g, cudaStream_t stream) {

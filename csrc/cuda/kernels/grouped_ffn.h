@@ -83,6 +83,7 @@ struct GemmContext {
   int sm_count;
   bool allow_tf32;       // float32 products may round their operands to tf32
   bool batch_invariant;  // a row's result may not depend on how many rows there are
+  int64_t tokens;        // T
   int64_t rows;          // R, of which expert_offsets[E] hold something
   int64_t experts;
   const int32_t* expert_offsets;  // (E+1), on the device
@@ -121,19 +122,6 @@ struct BiasGradient {
   void* out;  // (E, columns) contiguous
 };
 cudaError_t bias_gradient(const BiasGradient& gradient, cudaStream_t stream);
-
-// out[t] = sum over j, in ascending order, of weights[t][j] * rows[assignment_row[t][j]];
-// an assignment_row below 0 adds nothing.
-struct CombineRows {
-  Dtype dtype;
-  int64_t tokens, top_k, columns;
-  const void* rows;               // (R, columns) contiguous
-  const int32_t* assignment_row;  // (T, K)
-  const void* weights;            // (T, K); null: 1
-  Dtype weights_dtype;
-  void* out;  // (T, columns) contiguous
-};
-cudaError_t combine_rows(const CombineRows& combine, cudaStream_t stream);
 
 // dweights of row r's assignment = the row's score_parts in a fixed order + <dy[t], bias_e>,
 // with t its token; 0 for an assignment without a row.

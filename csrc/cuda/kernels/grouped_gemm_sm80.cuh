@@ -42,6 +42,11 @@ struct TileShape {
   static constexpr int kBlocks = kBlocks_;  // on a multiprocessor: what registers are for
   static constexpr int kThreads = kWarpsM * kWarpsN * kWarpSize;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kTileN / kWarpsN;
+  static constexpr const char* kName = kM == 16    ? "rows_gemm_sm80, 16 rows"
+                                       : kM == 32  ? "rows_gemm_sm80, 32 rows"
+                                       : kM == 64  ? "rows_gemm_sm80, 64 rows"
+                                       : kM == 128 ? "rows_gemm_sm80, 128 rows"
+                                                   : "rows_gemm_sm80, 256 rows";
 };
 
 using Rows16 = TileShape<kFewestRows, 1, 4, 128, 3, 3>;
@@ -372,7 +377,7 @@ cudaError_t launch_rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(Shape::kThreads),
                             sizeof(typename Mainloop<T, Shape, Major::kK, kMajorB>::Smem), stream,
-                            "rows_gemm_sm80"};
+                            Shape::kName};
   return launch(config, rows_gemm_kernel<T, Shape, kMajorB>, gemm, static_cast<int>(column_tiles));
 }
 

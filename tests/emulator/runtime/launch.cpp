@@ -40,6 +40,7 @@ dim3 block_dim() { return block->launch->block; }
 dim3 grid_dim() { return block->launch->grid; }
 
 static uint64_t launches = 0;
+static std::string launched;  // since the last moe_ext_emulator_set: names, a line each
 
 // ---- static shared memory ------------------------------------------------------------------
 //
@@ -271,6 +272,7 @@ cudaError_t launch_grid(const char* name, dim3 grid, dim3 block_dims, size_t sme
     for (uint64_t i = blocks - 1; i > 0; --i)
       std::swap(launch.order[i], launch.order[launch.random() % (i + 1)]);
 
+  launched += std::string(name) + '\n';
   const FaultHandler handler;
   run_blocks(launch);
   check_margins(name);
@@ -282,6 +284,8 @@ cudaError_t launch_grid(const char* name, dim3 grid, dim3 block_dims, size_t sme
 extern "C" {
 void moe_ext_emulator_set(uint64_t seed, int delivery, int device) {
   emulator::settings() = {seed, static_cast<emulator::Delivery>(delivery), device};
+  emulator::launched.clear();
 }
+const char* moe_ext_emulator_launched() { return emulator::launched.c_str(); }
 uint64_t moe_ext_emulator_launches() { return emulator::launches; }
 }

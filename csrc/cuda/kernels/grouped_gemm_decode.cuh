@@ -1,0 +1,161 @@
+// rows x weight for a handful of rows, as in decoding: each chosen expert's weights are
+// streamed once, past rows that stay in the caches.
+//
+//   acc[r][n] = sum over k of a[r][k] W_e(n, k), then the epilogue; W along k in memory
+//
+// With so few rows the weights' bytes are the time, and what it takes is many loads in
+// flight on all multiprocessors. So a warp owns only kColumns columns of W (with a gate: of
+// gate and up, two pairs) for up to kRows rows of one expert; its lanes go along k together,
+// 16 bytes each. Every lane sums its own terms; then the lanes trade halves of what they
+// hold until each sum is in one lane, neighbouring columns (or a gate and its up) together,
+// as the epilogue wants them. Grid: kWarps warps a block, blocks found by tiles.cuh in tiles
+// of kRows rows; those past the last tile leave.
+//
+// Shared memory: none. No alignment is needed; rows of W and a that begin at multiples of 16
+// bytes move 16 bytes a load. Per element of W (2 or 4 bytes, read once if an expert has at
+// most kRows rows): 2 * kRows FLOPs and, from L1, kRows / kColumns elements of a. A
+// lane's terms and the lanes' order are fixed, so the bits are; but they are others than
+// those of the tiled kernels, so batch_invariant turns this kernel off.
+#pragma once
+
+#include "epilogues.cuh"
+#include "tiles.cuh"
+
+namespace moe_ext::cuda {
+namespace decode {
+
+constexpr int kMostTokens = 16;  // more tokens are the tiled kernels' business
+constexpr int kColumns = 4, kWarps = 4, kThreads = kWarps * kWarpSize;
+
+// Adds up `value`, kValues sums that every lane has a part of. Halving at each step what a
+// lane is still responsible for, lane l ends with the sums of index first..first+1, with
+// first = l / kLanes * 2; kLanes lanes end with the same ones.
+template <int kValues>
+struct Trade {
+  static constexpr int kLanes = kWarpSize * 2 / kValues;
+
+  template <int kLeft, class C>
+  static __device__ __forceinline__ void halve(C (&value)[kValues]) {
+    constexpr int distance = kWarpSize * kLeft / kValues / 2;
+    const bool upper = threadIdx.x & distance;
+#pragma unroll
+    for (int i = 0; i < kLeft / 2; ++i) {
+      const C kept = upper ? value[kLeft / 2 + i] : value[i];
+      const C given = upper ? value[i] : value[kLeft / 2 + i];
+      value[i] = kept + __shfl_xor_sync(kFullWarp, given, distance);
+    }
+    if constexpr (kLeft > 4) halve<kLeft / 2>(value);
+  }
+
+  template <class C>
+  static __device__ __forceinline__ void sum(C (&value)[kValues]) {
+    halve<kValues>(value);
+#pragma unroll
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+      value[0] += __shfl_xor_sync(kFullWarp, value[0], distance);
+      value[1] += __shfl_xor_sync(kFullWarp, value[1], distance);
+    }
+  }
+};
+
+__host__ __device__ inline bool is_paired(const Epilogue& e) {
+  return e.kind == EpilogueKind::kActivate && e.activation.gated;
+}
+// Columns of the output that a block covers.
+__host__ __device__ inline int columns_of_block(const Epilogue& e) {
+  return kWarps * (is_paired(e) ? kColumns / 2 : kColumns);
+}
+
+template <class T, int kRows>
+__global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int column_tiles) {
+  using C = Compute<T>;
+  constexpr int kPack = kMaxPackBytes / sizeof(T);
+  const Epilogue& e = g.epilogue;
+  const Tile tile = find_row_tile(g.context.expert_offsets, static_cast<int>(g.context.experts),
+                                  kRows, column_tiles, blockIdx.x);
+  if (tile.expert < 0) return;
+  const bool paired = is_paired(e);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int64_t column = static_cast<int64_t>(tile.column_tile) * columns_of_block(e) +
+                         warp * (columns_of_block(e) / kWarps);
+  if (column >= e.columns) return;
+
+  // A column past the last one is the last one again: read in bounds, and never stored.
+  const T* w[kColumns];
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    const int64_t mine = min(column + (paired ? c / 2 : c), e.columns - 1);
+    const int64_t n = !paired ? mine : (c % 2 ? e.at.up : e.at.gate) + mine * e.at.step;
+    w[c] = static_cast<const T*>(g.w.data) + tile.expert * g.w.expert_stride + n * g.w.n_stride;
+  }
+  const T* a[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int row = tile.row + min(r, tile.rows - 1);
+    a[r] = static_cast<const T*>(g.a.data) +
+           static_cast<int64_t>(g.a.index ? g.a.index[row] : row) * g.a.stride;
+  }
+
+  C sum[kRows * kColumns] = {};
+  for (int64_t k = lane * kPack; k < g.k; k += kWarpSize * kPack) {
+    const int count = g.k - k < kPack ? static_cast<int>(g.k - k) : kPack;
+    C weight[kColumns][kPack];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) load_neighbours<T, kPack>(weight[c], w[c] + k, count);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= tile.rows) break;
+      C value[kPack];
+      load_neighbours<T, kPack>(value, a[r] + k, count);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) sum[r * kColumns + c] += value[i] * weight[c][i];
+      }
+    }
+  }
+
+  using Sums = Trade<kRows * kColumns>;
+  Sums::sum(sum);
+  const int index = lane / Sums::kLanes * 2, r = index / kColumns, c = index % kColumns;
+  if (lane % Sums::kLanes != 0 || r >= tile.rows) return;
+  const int64_t row = tile.row + r, mine = column + (paired ? c / 2 : c);
+  if (mine >= e.columns) return;
+  const C both[2] = {sum[0], sum[1]};
+  if (e.kind == EpilogueKind::kStore) {
+    epilogue_store<T, 2>(e, tile.expert, row, mine, both);
+  } else if (paired) {
+    const C gate[1] = {sum[0]}, up[1] = {sum[1]};
+    epilogue_activate<T, 1>(e, tile.expert, row, mine, gate, up);
+  } else {
+    epilogue_activate<T, 2>(e, tile.expert, row, mine, both, both);
+  }
+}
+
+// ---- launcher ------------------------------------------------------------------------
+
+inline bool takes(const RowsGemm& g) {
+  return g.context.tokens <= kMostTokens && !g.context.batch_invariant && g.w.k_stride == 1 &&
+         g.context.dtype != Dtype::f64 && g.epilogue.kind != EpilogueKind::kBackward;
+}
+
+template <class T, int kRows>
+cudaError_t launch_rows(const RowsGemm& g, cudaStream_t stream) {
+  const int64_t block_columns = columns_of_block(g.epilogue);
+  const int64_t column_tiles = (g.epilogue.columns + block_columns - 1) / block_columns;
+  const int64_t blocks = most_row_tiles(g.context.rows, g.context.experts, kRows) * column_tiles;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  return launch(
+      {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, "rows_gemm_decode"},
+      rows_gemm_kernel<T, kRows>, g, static_cast<int>(column_tiles));
+}
+
+// An expert has at most as many rows as there are tokens (unless a token chose it twice).
+template <class T>
+cudaError_t launch_rows_gemm(const RowsGemm& g, cudaStream_t stream) {
+  return g.context.tokens <= 4 ? launch_rows<T, 4>(g, stream) : launch_rows<T, 16>(g, stream);
+}
+
+}  // namespace decode
+}  // namespace moe_ext::cuda

@@ -1,0 +1,252 @@
+"""Which kernel runs an expert's products, and shapes that reach its every tile and tail.
+
+`moe_forward` is called as ever; dtype, alignment, the number of tokens and of rows an expert
+decide the kernel. Sizes are such that k is longer than any ring of stages and no size is a
+multiple of a tile. `ffn_suite` has what is true of every kernel.
+"""
+
+import pytest
+import torch
+
+from ffn_suite import LAYOUTS, FFNStage
+from moe_ext import functional, reference
+from moe_ext._load import BACKEND
+from oracle import Draws, bits_equal, draw_plan, evaluate, shifted
+
+pytestmark = pytest.mark.skipif(BACKEND not in ("cuda", "emulated"), reason="kernels of a GPU")
+
+# By the rows of a tile: (tokens, experts).
+TILES = {16: (20, 4), 32: (50, 2), 64: (100, 2), 128: (150, 2), 256: (1030, 1)}
+HIDDEN, WIDTH = 264, 72
+HALVES = (torch.bfloat16, torch.float16)
+SM80, DECODE, SIMT = "rows_gemm_sm80", "rows_gemm_decode", "rows_gemm_simt"
+
+
+@pytest.fixture
+def tf32():
+    """float32 on tensor cores, as the user allows it."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def assert_launched(*products):
+    """Which kernels ran the products since the test's begin or the last call; a GPU does not
+    tell. A kernel may stand for all of its tiles."""
+    if BACKEND != "emulated":
+        return
+    from emulator import control
+
+    names = [n for n in control.launched() if n.startswith(("rows_gemm", "weight_gradient"))]
+    assert len(names) == len(products), names
+    assert all(map(str.startswith, names, products)), names
+
+
+class Kernels(FFNStage):
+    stage = "moe_forward"
+    weighted = True
+
+    def check_launched(self, forward, backward, *arguments, **options):
+        """`check`, with every product of a draw on the kernels that are named."""
+        T, H, I, E, K, dtype, *routing = arguments
+        layout = {k: v for k, v in options.items() if k != "bias"}
+        draws = Draws()
+        for draw in range(4):
+            inputs = self.inputs(T, H, I, E, K, dtype, **({"bias": True} | options))
+            result = self.add(draws, inputs, draw_plan(T, E, K, *routing), **layout)
+            if draw == 0:
+                assert_launched(*forward, *backward)
+            if draws.is_telling():
+                break
+        # tf32 has as many bits as float16; the baseline's float32 has more.
+        tf32 = dtype == torch.float32 and SM80 in forward[0]
+        draws.assert_within_bound(torch.float16 if tf32 else dtype)
+        return result
+
+
+WEIGHTS_SM80 = ("weight_gradient_sm80",) * 2
+WEIGHTS_SIMT = ("weight_gradient_simt",) * 2
+
+
+class TestTensorCores(Kernels):
+    def check_tile(self, tile, dtype, **layout):
+        tokens, experts = TILES[tile]
+        name = f"{SM80}, {tile} rows"
+        backward = (name, name, *WEIGHTS_SM80)
+        shape = (tokens, HIDDEN, WIDTH, experts, 1, dtype)
+        return self.check_launched((name, name), backward, *shape, **layout)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("tile", TILES)
+    def test_tiles(self, layout, tile):
+        self.check_tile(tile, torch.bfloat16, **layout)
+
+    @pytest.mark.parametrize("tile", (16, 32, 64, 128))
+    def test_float16(self, tile):
+        self.check_tile(tile, torch.float16, transposed=tile > 32)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("tile", (16, 64, 128))
+    def test_tf32(self, tf32, layout, tile):
+        self.check_tile(tile, torch.float32, **layout)
+
+    def test_float32_is_not_rounded_unasked(self):
+        self.check_launched(
+            (SIMT,) * 2, (SIMT,) * 2 + WEIGHTS_SIMT, 20, 40, 24, 4, 1, torch.float32
+        )
+
+    @pytest.mark.parametrize("activation", ("geglu", "relu2"))
+    @pytest.mark.parametrize("transposed", (False, True))
+    def test_activations(self, activation, transposed):
+        options = dict(activation=activation, transposed=transposed)
+        self.check(33, 72, 136, 5, 2, torch.bfloat16, bias=False, **options)
+
+    @pytest.mark.parametrize("routing", ("skewed", "one_expert", "sentinels"))
+    @pytest.mark.parametrize("capacity", (None, 7))
+    def test_routings(self, routing, capacity):
+        """Experts without rows, with many, and more experts than a warp has lanes."""
+        self.check(60, 40, 48, 70, 3, torch.bfloat16, routing, capacity)
+
+    @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+    def test_experts_without_rows_have_no_gradient(self, dtype):
+        experts = torch.tensor([[1], [66], [66], [3]] * 40, dtype=torch.int32)
+        plan = reference.capacity_scatter(experts, 70)
+        inputs = self.inputs(160, 40, 48, 70, 1, dtype, bias=True)
+        result = self.check_inputs(inputs, plan)
+        for name in ("d_up_proj", "d_down_proj", "d_up_bias", "d_down_bias"):
+            nonzero = result[name].flatten(1).any(1).nonzero().flatten()
+            assert nonzero.tolist() == [1, 3, 66], name
+
+    def test_many_tiles_of_one_expert(self):
+        """Tiles walk together through the columns, kRowTilesTogether at a time, then the rest."""
+        self.check(300, 264, 16, 40, 1, torch.bfloat16, "one_expert")
+
+    @pytest.mark.parametrize("transposed", (False, True))
+    def test_a_width_of_odd_chunks(self, transposed):
+        """44 columns can be a tile's, and 44 terms cannot: only copies along k are of 16 bytes."""
+        forward = (SIMT if transposed else SM80, SIMT)
+        backward = (SM80 if transposed else SIMT, SM80, WEIGHTS_SM80[0], WEIGHTS_SIMT[0])
+        shape = (60, 72, 44, 3, 1, torch.bfloat16)
+        self.check_launched(forward, backward, *shape, transposed=transposed)
+
+    @pytest.mark.parametrize("name", ("x", "up_proj", "down_proj"))
+    def test_what_is_not_aligned(self, name):
+        """It changes the kernel of the products that it is in, and no other."""
+        plan, inputs = draw_plan(40, 3, 1), self.inputs(40, 72, 48, 3, 1, torch.bfloat16, bias=True)
+        inputs[name] = shifted(inputs[name])
+        draws = Draws()
+        self.add(draws, inputs, plan)
+        draws.assert_within_bound(torch.bfloat16)
+        up = SM80 if name == "down_proj" else SIMT
+        down = SIMT if name == "down_proj" else SM80
+        d_rows = SIMT if name == "up_proj" else SM80
+        d_up = WEIGHTS_SIMT[0] if name == "x" else WEIGHTS_SM80[0]
+        assert_launched(up, down, down, d_rows, d_up, WEIGHTS_SM80[0])
+
+    @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+    @pytest.mark.parametrize("transposed", (False, True))
+    def test_what_is_beside_an_operand_is_not_read(self, tf32, dtype, transposed):
+        """NaN past the columns of x, of the weights, and in the rows of nobody."""
+        plan = draw_plan(40, 4, 2, "sentinels")
+        inputs = self.inputs(40, 40, 48, 4, 2, dtype, transposed=transposed)
+        for name in ("x", "up_proj", "down_proj"):
+            narrow = inputs[name]
+            wide = torch.full((*narrow.shape[:-1], narrow.shape[-1] + 16), torch.nan, dtype=dtype)
+            inputs[name] = wide[..., 8:-8].copy_(narrow)
+        draws = Draws()
+        self.add(draws, inputs, plan, transposed=transposed)
+        assert_launched(SM80, SM80, SM80, SM80, *WEIGHTS_SM80)
+        draws.assert_within_bound(torch.float16 if dtype == torch.float32 else dtype)
+
+    @pytest.mark.parametrize("tokens", (17, 40, 150, 1100))
+    def test_a_token_does_not_know_how_many_there_are(self, tokens):
+        """The same bits from every tile, so also from every number of tokens."""
+        experts = torch.zeros((tokens, 1), dtype=torch.int32)
+        inputs = self.inputs(tokens, 136, 72, 1, 1, torch.bfloat16)
+        few = {n: t[:9] if n in ("x", "weights") else t for n, t in inputs.items()}
+        with functional.batch_invariant():
+            all_of_them = self.call(inputs, reference.capacity_scatter(experts, 1))
+            alone = self.call(few, reference.capacity_scatter(experts[:9], 1))
+        assert bits_equal(all_of_them[:9], alone)
+
+    @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+    @pytest.mark.parametrize("transposed", (False, True))
+    def test_same_bits(self, tf32, dtype, transposed):
+        self.check_same_bits(70, dtype, transposed)
+
+    def check_same_bits(self, tokens, dtype, transposed=False):
+        """Whatever the order of threads and blocks, and whenever copies land."""
+        plan = draw_plan(tokens, 3, 2)
+        inputs = self.inputs(tokens, 136, 72, 3, 2, dtype, bias=True, transposed=transposed)
+        function = self.bind(functional, plan, transposed=transposed)
+        cotangents, runs = {}, []
+        for seed in range(8):
+            if BACKEND == "emulated":
+                from emulator import control
+
+                control.set(seed, device=seed % 2)
+            runs.append(evaluate(function, inputs, cotangents=cotangents))
+        for run in runs[1:]:
+            assert bits_equal(run, runs[0])
+
+
+class TestDecode(Kernels):
+    """Up to 16 tokens: every chosen expert's weights are streamed once."""
+
+    def check_decode(self, T, H, I, E, K, dtype, *routing, **options):
+        kernel = SIMT if dtype == torch.float32 else SM80
+        backward = (kernel,) * 2 + (WEIGHTS_SIMT if kernel == SIMT else WEIGHTS_SM80)
+        shape = (T, H, I, E, K, dtype, *routing)
+        return self.check_launched((DECODE,) * 2, backward, *shape, **options)
+
+    @pytest.mark.parametrize("dtype", (*HALVES, torch.float32))
+    @pytest.mark.parametrize("tokens", (1, 4, 5, 16))
+    @pytest.mark.parametrize("interleaved", (False, True))
+    def test_tokens(self, dtype, tokens, interleaved):
+        self.check_decode(tokens, 296, 72, 9, 2, dtype, interleaved=interleaved)
+
+    @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+    @pytest.mark.parametrize("activation", ("swiglu", "gelu"))
+    @pytest.mark.parametrize("hidden, width", ((33, 45), (2, 3), (300, 1), (1, 300)))
+    def test_sizes(self, dtype, activation, hidden, width):
+        """Tails of packs, of columns, of a warp's lanes and of a block's warps."""
+        self.check(7, hidden, width, 3, 2, dtype, activation=activation)
+
+    @pytest.mark.parametrize("tokens", (3, 16))
+    @pytest.mark.parametrize("routing", ("one_expert", "duplicates", "sentinels"))
+    def test_routings(self, tokens, routing):
+        """An expert may have more rows than there are tokens, or none."""
+        self.check(tokens, 40, 24, 40, 5, torch.bfloat16, routing)
+
+    @pytest.mark.parametrize("name", ("x", "up_proj", "down_proj"))
+    @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+    def test_alignment_changes_no_bit(self, name, dtype):
+        plan, inputs = draw_plan(5, 4, 2), self.inputs(5, 280, 48, 4, 2, dtype, bias=True)
+        aligned = self.call(inputs, plan)
+        inputs[name] = shifted(inputs[name])
+        assert bits_equal(self.call(inputs, plan), aligned)
+        assert_launched(*(DECODE,) * 4)
+
+    def test_what_is_beside_an_operand_is_not_read(self):
+        plan, inputs = draw_plan(5, 4, 2), self.inputs(5, 40, 24, 4, 2, torch.bfloat16)
+        expected = self.call(inputs, plan)
+        for name in ("x", "up_proj", "down_proj"):
+            narrow = inputs[name]
+            wide = narrow.new_full((*narrow.shape[:-1], narrow.shape[-1] + 3), torch.nan)
+            inputs[name] = wide[..., 1:-2].copy_(narrow)
+        assert bits_equal(self.call(inputs, plan), expected)
+
+    @pytest.mark.parametrize("why", ("17 tokens", "transposed", "float64", "batch_invariant"))
+    def test_when_not(self, why):
+        tokens = 17 if why == "17 tokens" else 16
+        dtype = torch.float64 if why == "float64" else torch.bfloat16
+        transposed = why == "transposed"
+        inputs = self.inputs(tokens, 40, 24, 4, 2, dtype, transposed=transposed)
+        with functional.batch_invariant(why == "batch_invariant"):
+            self.call(inputs, draw_plan(tokens, 4, 2), transposed=transposed)
+        assert_launched(*(SIMT if why == "float64" else SM80,) * 2)
+
+    @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+    def test_same_bits(self, dtype):
+        TestTensorCores.check_same_bits(self, 16, dtype)

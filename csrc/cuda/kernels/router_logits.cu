@@ -14,9 +14,11 @@
 // slabs that depend on T, E and H alone. No atomics: the same bits every time.
 //
 // Shared memory: 17 KB (float64: 34 KB), static. Any alignment and strides; 16-byte loads
-// where rows have it. FLOPs 2 M N K, on the ordinary units: 1/4 of a 64 x 64 tile's
-// shared-memory reads are hidden behind them. Bytes: a once per 64 columns, b once per 64
-// rows, out once; floor: each once.
+// where rows have it. FLOPs: 2 M N K, on the ordinary units, because a float32 router
+// decides and must not lose digits; two 16-byte reads of shared memory feed a thread 16
+// fused multiply-adds. Bytes: a once per 64 columns, b once per 64 rows, out once (and, cut,
+// the parts written and read); the floor is each once, which E <= 64 reaches for x, by far
+// the largest.
 #include <algorithm>
 
 #include "dtypes.cuh"

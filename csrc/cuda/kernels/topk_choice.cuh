@@ -1,5 +1,11 @@
 // The choice of experts without sorting: scores become integers that order alike, and each
 // of K rounds takes a team's largest, then its lowest id.
+//
+// A round costs a lane 3 operations a slot and two reductions over the team; a warp that
+// takes 8 of 256 experts is done in about 300 instructions, where sorting 256 keys would
+// need 36 exchanges of every key, most of them between lanes. Integers, because sm_80
+// reduces those over a warp in one instruction, and because a key can then say what no
+// number does: "not eligible" lies below -inf.
 #pragma once
 
 #include "platform.cuh"
@@ -80,9 +86,9 @@ __host__ __device__ constexpr Index spread(Index e) {
   return e + e / 32;
 }
 
-// Makes the experts of all groups but the best topk_group ineligible. Groups of one expert
-// need none of this: the best of the best groups are the best. `row` (spread(E)) and
-// `groups` (E / 2) are the team's own.
+// Makes the experts of all groups but the best topk_group ineligible; groups have two experts
+// or more. A lane scores whole groups, whose experts other lanes hold: hence the row of all
+// keys. `row` (spread(E)) and `groups` (E / 2) are the team's own.
 template <class A, class Team, class Keys>
 __device__ __forceinline__ void keep_best_groups(const Team& team, const RouteOptions& o, Keys& key,
                                                  Key<A>* row, Key<A>* groups) {

@@ -1,11 +1,12 @@
 // y[t] = sum_j w[t][j] rows[r(t, j)], and its gradient, at the speed of a copy.
 //
 // Both kernels go token by token, so that what K rows share is read once: forward reads
-// T K H elements and writes T H; backward reads T H + T K H and writes T K H. A warp works
+// T K H elements and writes T H; backward reads T H + T K H and writes T K H. That is the
+// floor; beyond kBatch choices backward meets a token's dy again, in the L1. A warp works
 // on one token's columns, in packs of 16 bytes (N elements) where rows are made of such
 // packs, element by element where they are not (an odd H, a view that begins anywhere).
-// kBatch rows are in flight at a time, which with 40 or more warps on a multiprocessor
-// covers the memory's latency several times. No shared memory.
+// kBatch rows are in flight at a time: with 24 warps or more on a multiprocessor some 48 KiB,
+// more than twice what an H100's bandwidth times its latency asks for. No shared memory.
 //
 //   forward    block (32 lanes, 8 tokens); grid (T / 8, column chunks of 32 N elements).
 //              Rows shorter than 32 packs take fewer lanes and more tokens a block.
@@ -29,7 +30,8 @@ namespace {
 constexpr int kWarps = 8;    // tokens of a block, where a token is a warp's
 constexpr int kChunk = 256;  // columns whose products are summed before they join the others
 
-// Rows in flight; with float64's registers a thread affords half of them.
+// Rows in flight; with float64's registers a thread affords half of them. The kernels ask for
+// three blocks on a multiprocessor, so that the compiler stays below 80 registers a thread.
 template <class A>
 constexpr int kBatchOf = sizeof(A) == 8 ? 2 : 4;
 
@@ -119,6 +121,26 @@ __device__ __forceinline__ Pack<T, N> scaled(const Pack<T, N>& pack, A weight) {
   return result;
 }
 
+// Every token looks at its share of the rows: K of them, for R is at most T K as a rule.
+template <class T, int N>
+__device__ __forceinline__ void zero_rows_of_nobody(const TokenSumsGradient& p, int64_t token,
+                                                    int64_t own, int64_t stride) {
+  const TokenRows& plan = p.plan;
+  Pack<T, N> zeros;
+#pragma unroll
+  for (int n = 0; n < N; ++n) round_to(zeros.element[n], Compute<T>(0));
+  for (int64_t row = token; row < plan.rows; row += plan.tokens) {
+    if (p.row_owner[row] >= 0) continue;
+    for (int64_t chunk = own; chunk < plan.hidden; chunk += stride) {
+#pragma unroll
+      for (int i = 0; i < kChunk; i += kWarpSize * N) {
+        if (chunk + i >= plan.hidden) break;
+        store_pack(p.drows, row * plan.hidden + chunk + i, zeros);
+      }
+    }
+  }
+}
+
 template <class T, class A, int N>
 __global__ void __launch_bounds__(kWarps* kWarpSize, 3)
     sum_backward_kernel(const TokenSumsGradient p) {
@@ -178,21 +200,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 3)
     }
   }
 
-  // Rows of nobody. R <= T K, so that this is K looks a token.
-  if (p.drows == nullptr) return;
-  for (int64_t row = token; row < plan.rows; row += plan.tokens) {
-    if (p.row_owner[row] >= 0) continue;
-    for (int64_t chunk = own; chunk < plan.hidden; chunk += stride) {
-#pragma unroll
-      for (int i = 0; i < kChunk; i += kWarpSize * N) {
-        if (chunk + i >= plan.hidden) break;
-        Pack<T, N> zeros;
-#pragma unroll
-        for (int n = 0; n < N; ++n) round_to(zeros.element[n], Compute<T>(0));
-        store_pack(p.drows, row * plan.hidden + chunk + i, zeros);
-      }
-    }
-  }
+  if (p.drows != nullptr) zero_rows_of_nobody<T, N>(p, token, own, stride);
 }
 
 // ---- launchers -------------------------------------------------------------------------

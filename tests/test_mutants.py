@@ -5,15 +5,20 @@ from pathlib import Path
 import pytest
 
 from mutants.faults import FAULTS
+from mutants.kernel_faults import KERNEL_FAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.file}: {fault.name}")
+@pytest.mark.parametrize(
+    "fault", FAULTS + KERNEL_FAULTS, ids=lambda fault: f"{fault.file}: {fault.name}"
+)
 def test_fault_fits(fault):
     assert (ROOT / fault.file).read_text().count(fault.find) == 1
     assert fault.find != fault.replace and fault.tests
     for test in fault.tests:
+        if test.startswith("--"):
+            continue
         path, *names = test.split("::")
         text = (ROOT / path).read_text()
         # A method may stand in a class that the file's own one extends.
@@ -23,3 +28,5 @@ def test_fault_fits(fault):
 
 def test_names_are_unique_and_many():
     assert len({(fault.file, fault.name) for fault in FAULTS}) == len(FAULTS) >= 35
+    names = {(fault.file, fault.name) for fault in KERNEL_FAULTS}
+    assert len(names) == len(KERNEL_FAULTS)

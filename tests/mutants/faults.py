@@ -11,11 +11,12 @@ class Fault(NamedTuple):
     tests: tuple[str, ...]  # pytest arguments; one of these tests must fail
 
 
-def faults(file, *tests):
+def faults(file, *tests, into=None):
     """Collects the faults of one file: fault(name, find, replace, *tests)."""
+    collected = FAULTS if into is None else into
 
     def fault(name, find, replace, *own):
-        FAULTS.append(Fault(name, file, find, replace, own or tests))
+        collected.append(Fault(name, file, find, replace, own or tests))
 
     return fault
 

@@ -3,10 +3,12 @@
     make mutants                        all of them
     make mutants ARGS="combine -j 1"    those whose name or file has "combine", one worker
     make mutants ARGS=--list            their names
+    make mutants ARGS="--kernels route" those of the CUDA kernels, of which the name or file
+                                        has "route"; the emulator runs the tests
 
-The faults stand in faults.py beside this file. A worker plants them in a copy of
-the sources of its own, under build/mutants/, rebuilds what changed and runs the
-tests that are named with the fault; the sources here are not touched. A fault that
+The faults stand in faults.py and kernel_faults.py beside this file. A worker plants them
+in a copy of the sources of its own, under build/mutants/, rebuilds what changed and runs
+the tests that are named with the fault; the sources here are not touched. A fault that
 does not compile, or keeps the tests from starting, proves nothing: it counts as broken.
 """
 
@@ -21,9 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
-from faults import FAULTS
-
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))  # the lists import each other as the suite imports them
+
+from mutants.faults import FAULTS  # noqa: E402
+from mutants.kernel_faults import KERNEL_FAULTS  # noqa: E402
+
 COPIES = ROOT / "build" / "mutants"
 COPIED = ("moe_ext", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
 TIMEOUT = 300  # seconds for the tests of one fault
@@ -64,25 +69,29 @@ def python(copy, *arguments, timeout=TIMEOUT):
     return done.returncode, done.stdout
 
 
-def build(copy, **options):
+def build(copy, kernels, **options):
+    if kernels:
+        return python(copy, "tests/emulator/build.py", **options)
     return python(copy, "setup.py", "build_ext", "--inplace", **options)
 
 
-def run_tests(copy, tests, **options):
-    return python(copy, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, **options)
+def run_tests(copy, kernels, tests, **options):
+    backend = ["--backend", "emulated"] if kernels else []
+    quiet = ["-q", "-x", "-p", "no:cacheprovider"]
+    return python(copy, "-m", "pytest", *quiet, *backend, *tests, **options)
 
 
-def plant(copy, fault):
+def plant(copy, kernels, fault):
     """(verdict, what the tools said): caught, SURVIVED or BROKEN."""
     path = copy / fault.file
     original = path.read_text()
     path.write_text(original.replace(fault.find, fault.replace))
     try:
         if fault.file.startswith("csrc"):
-            code, output = build(copy)
+            code, output = build(copy, kernels)
             if code:
                 return "BROKEN", output
-        code, output = run_tests(copy, fault.tests)
+        code, output = run_tests(copy, kernels, fault.tests)
     finally:
         path.write_text(original)
     if code == 0:
@@ -91,13 +100,13 @@ def plant(copy, fault):
     return ("caught" if code == 1 or code < 0 else "BROKEN"), output
 
 
-def set_up(copy, faults):
+def set_up(copy, kernels, faults):
     """A worker's copy, built, whose tests pass as long as nothing is planted."""
     refresh(copy)
-    code, output = build(copy, timeout=None)  # everything, where a fault rebuilds one file
+    code, output = build(copy, kernels, timeout=None)  # everything; a fault rebuilds one file
     if code == 0:
-        tests = sorted({test for fault in faults for test in fault.tests})
-        code, output = run_tests(copy, tests, timeout=None)
+        tests = sorted({t for fault in faults for t in fault.tests if not t.startswith("--")})
+        code, output = run_tests(copy, kernels, tests, timeout=None)
     if code:
         sys.exit(f"without any fault, in {copy}:\n{output}")
 
@@ -110,11 +119,14 @@ def main():
         "words", nargs="*", help="take the faults whose name or file has one of these"
     )
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count(), help="workers")
+    parser.add_argument(
+        "--kernels", action="store_true", help="the faults of the CUDA kernels, in the emulator"
+    )
     parser.add_argument("--list", action="store_true", help="print the faults and stop")
     options = parser.parse_args()
     faults = [
         fault
-        for fault in FAULTS
+        for fault in (KERNEL_FAULTS if options.kernels else FAULTS)
         if not options.words or any(word in f"{fault.file} {fault.name}" for word in options.words)
     ]
     if options.list:
@@ -136,10 +148,10 @@ def main():
     results = SimpleQueue()
 
     def work(copy, share):
-        set_up(copy, share)
+        set_up(copy, options.kernels, share)
         for fault in share:
             started = time.time()
-            verdict, output = plant(copy, fault)
+            verdict, output = plant(copy, options.kernels, fault)
             results.put(verdict)
             print(
                 f"{verdict:8} {time.time() - started:4.0f} s  {fault.file}: {fault.name}",

@@ -56,7 +56,17 @@ def facts():
     )
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
-        yield f"gpu {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
+        unfit = ""
+        if (
+            library is not None
+            and built["cuda"]
+            and not _load.runs_on(built["archs"], (major, minor))
+        ):
+            unfit = (
+                f": not built for it. Rebuild: export TORCH_CUDA_ARCH_LIST={major}.{minor} &&"
+                f" {_load.rebuild_command()}"
+            )
+        yield f"gpu {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}{unfit}"
 
 
 def self_test(dtype):

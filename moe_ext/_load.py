@@ -107,6 +107,27 @@ def mismatches(built, runs):
     ]
 
 
+def runs_on(archs, capability):
+    """Whether a library built for `archs` (of its build info) runs on a GPU of a compute
+    capability (major, minor).
+
+    Machine code of sm_86 runs on 8.6 and later ones of 8.x, of sm_90a on 9.0 only; PTX
+    (compute_86) on everything from 8.6 on.
+    """
+
+    def fits(arch):
+        kind, _, number = arch.partition("_")
+        version = number.rstrip("af")
+        if kind not in ("sm", "compute") or not version.isdigit():
+            return False  # the CPU's
+        built = divmod(int(version), 10)
+        if version != number:
+            return built == capability
+        return built <= capability and (kind == "compute" or built[0] == capability[0])
+
+    return any(map(fits, archs))
+
+
 def find_emulated_library():
     kind = os.environ.get("MOE_EXT_EMULATOR_BUILD", "fast")
     library = PACKAGE.parent / "build" / "emulator" / kind / "moe_ext_emulated.so"

@@ -104,6 +104,22 @@ class TestBuildInfo:
             "it was built with cuda 13.0, but cuda (none) runs"
         ]
 
+    @pytest.mark.parametrize(
+        "archs, runs, does_not",
+        [
+            (["x86_64"], [], [(8, 0), (9, 0)]),
+            (["x86_64", "sm_80"], [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (12, 0)]),
+            (["x86_64", "sm_86"], [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+            (["sm_80", "sm_90a"], [(8, 9), (9, 0)], [(7, 5), (10, 0)]),
+            (["sm_90a", "compute_90a"], [(9, 0)], [(8, 0), (10, 0)]),
+            (["sm_80", "compute_80"], [(8, 0), (9, 0), (10, 0), (12, 1)], [(7, 5)]),
+            (["sm_120", "compute_120"], [(12, 0), (12, 1)], [(9, 0), (10, 3)]),
+        ],
+    )
+    def test_which_gpus_it_runs_on(self, archs, runs, does_not):
+        assert all(_load.runs_on(archs, capability) for capability in runs)
+        assert not any(_load.runs_on(archs, capability) for capability in does_not)
+
 
 class TestRefusals:
     """Each says both sides and the command that mends it, before the library is loaded."""

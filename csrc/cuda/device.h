@@ -20,8 +20,13 @@
 #include "emulator/emulator.h"
 #define MOE_EXT_CUDA_KEY CPU
 #else
-#include <ATen/cuda/CUDAContext.h>
+// Not ATen/cuda/CUDAContext.h: it needs the headers of cuBLAS, cuSPARSE and cuSOLVER, which
+// a toolkit may lack.
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+#include <string>
 #define MOE_EXT_CUDA_KEY CUDA
 #endif
 
@@ -45,19 +50,48 @@ class OnDevice {
   explicit OnDevice(const at::Tensor& tensor) : guard_(tensor.device()) {}
 
   // The stream that torch is filling.
-  cudaStream_t stream() const { return at::cuda::getCurrentCUDAStream(); }
+  cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(); }
 
   // The architecture: 80 for sm_80.
-  int sm() const { return properties().major * 10 + properties().minor; }
+  int sm() const {
+    return attribute(cudaDevAttrComputeCapabilityMajor) * 10 +
+           attribute(cudaDevAttrComputeCapabilityMinor);
+  }
 
   // How many multiprocessors there are, for persistent grids.
-  int sm_count() const { return properties().multiProcessorCount; }
+  int sm_count() const { return attribute(cudaDevAttrMultiProcessorCount); }
 
  private:
-  static const cudaDeviceProp& properties() { return *at::cuda::getCurrentDeviceProperties(); }
+  // The driver has these at hand: no wait, and allowed while a graph is captured.
+  int attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, guard_.current_device().index()));
+    return value;
+  }
 
   c10::cuda::CUDAGuard guard_;
 };
+
+extern const char build_info[];  // build_info.cpp
+
+// "sm_80, compute_80": the build info's "archs", which begin with the CPU's.
+inline std::string built_archs() {
+  const std::string info = build_info, key = "\"archs\": [";
+  const size_t begin = info.find(", ", info.find(key)) + 2, end = info.find(']', begin);
+  std::string archs = info.substr(begin, end - begin);
+  archs.erase(std::remove(archs.begin(), archs.end(), '"'), archs.end());
+  return archs;
+}
+
+// What to tell whoever has a GPU that was not built for.
+inline std::string other_gpu(const cudaDeviceProp& device) {
+  const std::string major = std::to_string(device.major), minor = std::to_string(device.minor);
+  return std::string("moe_ext was built for ") + built_archs() + ", and this GPU is a " +
+         device.name + " (sm_" + major + minor +
+         "). Rebuild it for this one: " + "TORCH_CUDA_ARCH_LIST=" + major + "." + minor +
+         " pip install --no-build-isolation --no-deps --force-reinstall . in the folder of"
+         " moe_ext's sources (sm_80 is the oldest that it can be built for)";
+}
 
 #endif
 
@@ -84,12 +118,9 @@ inline void check_launch(const char* op, cudaError_t error) {
 #else
   cudaGetLastError();  // a failed launch must not be found again by whoever looks next
   if (error == cudaErrorNoKernelImageForDevice) {
-    const auto& device = *at::cuda::getCurrentDeviceProperties();
-    TORCH_CHECK(false, op, ": moe_ext was not built for this GPU (", device.name, ", sm_",
-                device.major, device.minor,
-                "); `python -m moe_ext` says what it was built for. Rebuild it with"
-                " `export TORCH_CUDA_ARCH_LIST=",
-                device.major, ".", device.minor, "`");
+    cudaDeviceProp device{};
+    C10_CUDA_CHECK(cudaGetDeviceProperties(&device, c10::cuda::current_device()));
+    TORCH_CHECK(false, op, ": ", other_gpu(device));
   }
   TORCH_CHECK(false, op, ": ", cudaGetErrorString(error));
 #endif

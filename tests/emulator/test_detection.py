@@ -126,5 +126,6 @@ def test_an_unfinished_copy_reads_as_nan_unless_it_came_early(micro):
 
 def test_fresh_tensors_are_nan():
     for shape in [(3,), (1000, 7)]:
-        assert torch.empty(shape).isnan().all()
-        assert (torch.empty(shape, dtype=torch.int32) == -1).all()
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            assert torch.empty(shape, dtype=dtype).isnan().all()
+        assert (torch.empty(shape, dtype=torch.int32) == 0x7FFF7FFF).all()  # and no index

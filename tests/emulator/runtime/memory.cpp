@@ -39,7 +39,6 @@ void* allocate(size_t bytes) {
     munmap(mapping, mapped);
     throw std::bad_alloc();  // perhaps too many mappings: vm.max_map_count
   }
-  if (bytes <= kMostFilled) std::memset(pages, 0xff, body);
   const bool at_the_front = mix(++allocations) % 4 == 0;
   char* const data = at_the_front ? pages : pages + body - round_up(bytes, 16);
   Buffer& buffer = buffers()[data];
@@ -48,6 +47,9 @@ void* allocate(size_t bytes) {
   buffer.mapping = static_cast<char*>(mapping);
   buffer.mapped = mapped;
   if (bytes <= kMostFilled) {
+    std::memset(pages, 0xff, body);
+    // NaN in every floating-point type, and no -1: that is an index which means "nobody".
+    for (size_t i = 1; i < bytes; i += 2) data[i] = 0x7f;
     buffer.margin_before = std::min(kMargin, static_cast<size_t>(data - pages));
     buffer.margin_after = std::min(kMargin, static_cast<size_t>(pages + body - data - bytes));
   }

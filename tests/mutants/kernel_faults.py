@@ -41,3 +41,363 @@ fault(
     "half /= 2) {\n    __syncthreads();",
     "half /= 2) {",
 )
+
+# ---- capacity_scatter ---------------------------------------------------------
+
+SCATTER = "tests/test_capacity_scatter.py::"
+
+fault = faults("csrc/cuda/kernels/capacity_segments.cuh", into=KERNEL_FAULTS)
+fault(
+    "an id of E is an expert",
+    "id < p.shape.num_experts ?",
+    "id <= p.shape.num_experts ?",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "an id below zero is an expert",
+    "return id >= 0 && id <",
+    "return id <",
+    SCATTER + "test_ids_below_zero_are_sentinels_on_a_gpu",
+)
+fault(
+    "an id of 64 bits is cut to 32",
+    "const int64_t id = p.experts_are_int64",
+    "const int32_t id = p.experts_are_int64",
+    SCATTER + "test_huge_ids_are_sentinels",
+)
+fault(
+    "a mask is read as if it were contiguous",
+    "p.padding[a.token * p.padding_stride]",
+    "p.padding[a.token]",
+    SCATTER + "test_non_contiguous",
+)
+fault(
+    "a sequence's last segment runs on into the next sequence",
+    "min(begin + s.segment_size, end_of_sequence),",
+    "begin + s.segment_size,",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "a segment's last steps take what the next segment has",
+    "a < end ? expert_of",
+    "a < p.shape.assignments ? expert_of",
+    SCATTER + "test_many_segments",
+)
+
+fault = faults("csrc/cuda/kernels/capacity_scatter.cu", into=KERNEL_FAULTS)
+fault(
+    "lanes count before the counters are zero",
+    "counters[j * stride + e] = 0;\n  }\n  __syncwarp();\n",
+    "counters[j * stride + e] = 0;\n  }\n",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "counters are copied before the last lane has counted",
+    "  __syncwarp();\n  if (counters_in_smem) {",
+    "  if (counters_in_smem) {",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "all choices are counted in the first one's cell",
+    "const int64_t choice = p.shape.choices > 1 ? batch.assignments[i].choice : 0;",
+    "const int64_t choice = 0;",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "nobody resets the ticket",
+    "if (blockIdx.x == 0 && lane == 0) *p.ticket = 0;",
+    "",
+    SCATTER + "test_drop_orders",
+)
+fault(
+    "shares are rounded down and leave the last cells out",
+    "max((count + kScanGroups - 1) / kScanGroups, int64_t{1})",
+    "max(count / kScanGroups, int64_t{1})",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "places do not begin anew with a sequence",
+    "    if (until_start == 0) seen = 0, until_start = of_sequence;\n",
+    "",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "a full expert owes places",
+    "min(count, max(p.capacity - seen, 0))",
+    "min(count, p.capacity - seen)",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "a share forgets its sequence's earlier shares",
+    "group = start / mine.size; group < threadIdx.y",
+    "group = threadIdx.y; group < threadIdx.y",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "cells are read before their share has written them",
+    "  __syncthreads();  // another share's cells are read next\n",
+    "",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "parts are overwritten while others read them",
+    "  __syncthreads();  // whoever used `parts` before is done\n",
+    "",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "the second 512 experts begin at row 0",
+    "    before += total;\n",
+    "",
+    SCATTER + "test_many_experts[1500-1-token]",
+)
+fault(
+    "sums of the next experts overwrite these",
+    "    __syncthreads();  // the next sums take the place of these\n",
+    "",
+    SCATTER + "test_many_experts[7000-4-token]",
+)
+fault(
+    "the block looks for the last ticket before it is drawn",
+    "  __syncthreads();\n  __threadfence();\n  return is_last;",
+    "  __threadfence();\n  return is_last;",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "a lane counts itself among those before it",
+    "lanes & ((1u << threadIdx.x) - 1)",
+    "lanes & ((2u << threadIdx.x) - 1)",
+    SCATTER + "test_drop_orders",
+)
+fault(
+    "places that are taken stay free",
+    "places[cell] = max(left - rank.count, 0);",
+    "places[cell] = left;",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "places are taken before the others have looked",
+    "  __syncwarp();  // everybody has seen how many are left\n",
+    "",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "the next row moves before the others have theirs",
+    "  __syncwarp();  // everybody has seen which is next\n",
+    "",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "who found no place takes a row",
+    "if (!take_place(counters.places, cell)) expert = -1;",
+    "take_place(counters.places, cell);",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "the tail's assignments are left as they were",
+    "    p.row_token[row] = -1;\n    p.row_assignment[row] = -1;\n",
+    "    p.row_token[row] = -1;\n",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "warps without shared counters share one set",
+    "Counters counters{p.next_row + blockIdx.x * s.num_experts,",
+    "Counters counters{p.next_row,",
+    SCATTER + "test_many_experts",
+)
+
+fault = faults("csrc/cuda/kernels/capacity_choose.cuh", into=KERNEL_FAULTS)
+fault(
+    "NaN is the largest weight",
+    "  if ((bits & ~sign) > infinity) bits = sign | infinity;\n",
+    "",
+    SCATTER + "test_weights_of_any_dtype_with_ties_and_nan",
+)
+fault(
+    "-0 is less than 0",
+    "  if (bits == sign) bits = 0;\n",
+    "",
+    SCATTER + "test_weights_of_any_dtype_with_ties_and_nan",
+)
+fault(
+    "weights below zero rise with their magnitude",
+    "bits & sign ? ~bits & (sign | (sign - 1)) : bits | sign",
+    "bits & sign ? bits & (sign - 1) : bits | sign",
+    SCATTER + "test_weights_that_differ_in_every_digit",
+)
+fault(
+    "all of a tie stay",
+    "const bool kept = above || (tied && ties_below < threshold.ties);",
+    "const bool kept = above || tied;",
+    SCATTER + "test_weights_of_any_dtype_with_ties_and_nan",
+)
+fault(
+    "the smallest digit is taken first",
+    "const int digit = kDigits - 1 - static_cast<int>(threadIdx.x);",
+    "const int digit = static_cast<int>(threadIdx.x);",
+    SCATTER + "test_weights_that_differ_in_every_digit",
+)
+fault(
+    "a key's digits are put together in 32 bits",
+    "static_cast<uint64_t>(found_digit) << shift",
+    "static_cast<uint32_t>(found_digit) << shift % 32",
+    SCATTER + "test_weights_that_differ_in_every_digit",
+)
+fault(
+    "a thread counts in a digit that is not zero yet",
+    "    histogram[threadIdx.x] = 0;\n    __syncthreads();\n",
+    "    histogram[threadIdx.x] = 0;\n",
+    SCATTER + "test_weights_that_differ_in_every_digit",
+)
+fault(
+    "a digit is read before everybody has counted",
+    "    __syncthreads();\n    const int digit =",
+    "    const int digit =",
+    SCATTER + "test_weights_that_differ_in_every_digit",
+)
+fault(
+    "the digit is read before it is found",
+    "    __syncthreads();\n    threshold.key |=",
+    "    threshold.key |=",
+    SCATTER + "test_weights_that_differ_in_every_digit",
+)
+fault(
+    "a warp's sum is overwritten while others read it",
+    "  __syncthreads();  // whoever used `warp_sums` before is done\n",
+    "",
+    SCATTER + "test_weights_that_differ_in_every_digit",
+)
+fault(
+    "the second 256 of a bucket take the rows of the first",
+    "row += (total & 0xffff) + ties;",
+    "row += 0 * ties;",
+    SCATTER + "test_weights_that_differ_in_every_digit",
+)
+fault(
+    "every 256 of a bucket take the whole tie",
+    "      threshold.ties -= ties;\n",
+    "",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "buckets past the grid are left out",
+    "b < s.num_experts * s.num_sequences; b += gridDim.x",
+    "b < gridDim.x; b += gridDim.x",
+    SCATTER + "test_many_experts[7000-4-probs]",
+)
+fault(
+    "a bucket ends where the expert does",
+    "sequence + 1 < s.num_sequences\n",
+    "false\n",
+    SCATTER + "test_many_segments",
+)
+
+# ---- weighted_combine and gather_rows -----------------------------------------
+
+COMBINE = "tests/test_weighted_combine.py::"
+GATHER = "tests/test_gather_rows.py::"
+
+fault = faults("csrc/cuda/kernels/weighted_combine.cu", into=KERNEL_FAULTS)
+fault(
+    "a row past the last is read",
+    "return row >= 0 && row < plan.rows ? row : -1;",
+    "return row;",
+    COMBINE + "test_a_row_past_the_last_counts_as_dropped",
+)
+fault(
+    "a batch of rows runs on into the next token's",
+    "  if (j >= plan.top_k) return -1;\n",
+    "",
+    COMBINE + "test_top_k",
+)
+fault(
+    "the token past the last has work",
+    "  if (token >= plan.tokens) return;\n  const int64_t stride",
+    "  const int64_t stride",
+    COMBINE + "test_hidden_sizes",
+)
+fault(
+    "a sum's weights are forgotten",
+    "sum[i] += weight[b] * static_cast<A>",
+    "sum[i] += static_cast<A>",
+    COMBINE + "test_top_k",
+)
+fault(
+    "a token's rows are summed from the last",
+    "row[b] = row_of(plan, token, first + b);\n#pragma",
+    "row[b] = row_of(plan, token, plan.top_k - 1 - (first + b));\n#pragma",
+    GATHER + "test_k_is_summed_in_order",
+)
+fault(
+    "a summed row's offset has 32 bits",
+    "      for (int b = 0; b < kBatch; ++b) {\n"
+    "        if (row[b] >= 0) value[b] = load_pack<T, N>(p.rows, row[b] * plan.hidden + column);",
+    "      for (int b = 0; b < kBatch; ++b) {\n"
+    "        const int32_t at = row[b] * plan.hidden + column;\n"
+    "        if (row[b] >= 0) value[b] = load_pack<T, N>(p.rows, at);",
+    COMBINE + "test_more_than_2_31_elements",
+)
+fault(
+    "an inner product's offset has 32 bits",
+    "          for (int b = 0; b < kBatch; ++b) {\n"
+    "            if (row[b] >= 0) value[b] = load_pack<T, N>(p.rows, row[b] * plan.hidden + column);",
+    "          for (int b = 0; b < kBatch; ++b) {\n"
+    "            const int32_t at = row[b] * plan.hidden + column;\n"
+    "            if (row[b] >= 0) value[b] = load_pack<T, N>(p.rows, at);",
+    COMBINE + "test_more_than_2_31_elements",
+)
+fault(
+    "the gradient of a row misses its weight",
+    "scaled(dy, weight[b])",
+    "scaled(dy, A(1))",
+    COMBINE + "test_top_k",
+)
+fault(
+    "an inner product forgets its earlier chunks",
+    "total[b] += part[b];",
+    "total[b] = part[b];",
+    COMBINE + "test_long_rows",
+)
+fault(
+    "the butterfly leaves out half of the lanes",
+    "for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2)",
+    "for (int lanes = kWarpSize / 4; lanes > 0; lanes /= 2)",
+    COMBINE + "test_hidden_sizes",
+)
+fault(
+    "rows of nobody keep what was there",
+    "if (p.row_owner[row] >= 0) continue;",
+    "continue;",
+    GATHER + "test_routings",
+)
+fault(
+    "a token looks at one row of nobody",
+    "row < plan.rows; row += plan.tokens",
+    "row < plan.rows; row += plan.rows",
+    GATHER + "test_routings",
+)
+fault(
+    "columns past the last are read",
+    "        if (column >= plan.hidden) break;\n",
+    "",
+    COMBINE + "test_hidden_sizes",
+)
+fault(
+    "packs are read from views that begin between them",
+    "packed &= reinterpret_cast<uintptr_t>(matrix) % kMaxPackBytes == 0;",
+    "packed &= matrix != nullptr || packed;",
+    COMBINE + "test_unaligned",
+    GATHER + "test_unaligned",
+)
+fault(
+    "packs are read of rows that are no whole number of them",
+    "bool packed = plan.hidden * size_of(plan.dtype) % kMaxPackBytes == 0;",
+    "bool packed = true;",
+    COMBINE + "test_hidden_sizes",
+)
+fault(
+    "float64 weights of narrower rows are summed in float32",
+    "if (plan.accumulate == Dtype::f64) return",
+    "if (false) return",
+    COMBINE + "test_float64_weights",
+)

@@ -118,6 +118,10 @@ class TestTensorCores(Kernels):
             nonzero = result[name].flatten(1).any(1).nonzero().flatten()
             assert nonzero.tolist() == [1, 3, 66], name
 
+    def test_thousands_of_experts(self):
+        """More than a warp's lanes can count at 32 experts each, few of them with rows."""
+        self.check(20, 8, 8, 1100, 2, torch.bfloat16)
+
     def test_many_tiles_of_one_expert(self):
         """Tiles walk together through the columns, kRowTilesTogether at a time, then the rest."""
         self.check(300, 264, 16, 40, 1, torch.bfloat16, "one_expert")

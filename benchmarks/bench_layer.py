@@ -10,7 +10,7 @@ peers  transformers' MixtralSparseMoeBlock over the same parameters, its experts
 bound  a dense SwiGLU of the same FLOPs through F.linear: T*K rows through one
        expert; for training plus one fresh write of every expert's gradient
 
-Contestants are timed in turn, round by round (calls below 5 ms several in a row); a
+Contestants are timed in turn, round by round (calls below 20 ms several in a row); a
 number is the median over the rounds, a share or ratio the median of the rounds' own
 ratios. Forward is inference (no_grad); forward+backward takes the gradient of x and of
 all parameters, which are set to None between the calls. The tokens are such that every

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def interleaved(contestants, repeats, *, prepare=None, patience=20.0, at_least=2.0, turn=5e-3):
+def interleaved(contestants, repeats, *, prepare=None, patience=20.0, at_least=2.0, turn=20e-3):
     """{name: [seconds a call, ...]}: the contestants take turns, round by round, so that a
     slow moment of the machine hits all of them.
 

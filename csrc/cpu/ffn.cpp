@@ -83,7 +83,7 @@ T* data(const at::Tensor& tensor) {
 }
 
 // Below this many multiplications, waking other threads costs more than they bring.
-constexpr int64_t kSerialWork = 1 << 20;
+constexpr int64_t kSerialWork = 1 << 18;
 
 // body(scratch, item) for every item, by whichever thread is free; a thread's scratch
 // holds `scratch_elements` of T.
@@ -283,6 +283,8 @@ namespace {
 // Strips of a weight's gradient: enough of them to share out, tall enough to reuse
 // the rows that each of them loads.
 constexpr int64_t kStrip = 192;
+// A gradient of this many bytes is still in a cache when the optimizer reads it.
+constexpr int64_t kCached = 1 << 20;
 
 // out (E, M, N) = each expert's sum over its rows of p^T q.
 template <class T>
@@ -290,12 +292,13 @@ void weight_gradient(const Experts& call, const at::Tensor& out, Rows p, Rows q)
   const Kernels<T>& k = kernels<T>();
   const int64_t m = out.size(1), n = out.size(2), strips = (m + kStrip - 1) / kStrip;
   const int32_t* offsets = call.offsets();
+  const bool past_caches = int64_t(out.nbytes()) > kCached;
   for_items<T>(
       call.experts * strips, call.kept * m * n, k.outer_scratch(std::min(kStrip, m)),
       [&](T* scratch, int64_t item) {
         const int64_t e = item / strips, strip = item % strips, begin = offsets[e];
         char* expert = static_cast<char*>(out.mutable_data_ptr()) + e * m * n * size_of(call.dtype);
-        k.outer(expert, call.dtype, n, rows_from(p, begin), m * strip / strips,
+        k.outer(expert, call.dtype, n, past_caches, rows_from(p, begin), m * strip / strips,
                 m * (strip + 1) / strips, rows_from(q, begin), n, offsets[e + 1] - begin, scratch);
       });
 }

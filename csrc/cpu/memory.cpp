@@ -9,6 +9,7 @@
 #include <c10/core/Storage.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <mutex>
@@ -27,8 +28,7 @@ struct Block {
 class Pool final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    auto* block = new Block{nullptr, (bytes + kHugePage - 1) / kHugePage * kHugePage};
-    block->data = take(block->bytes);
+    auto* block = new Block(take((bytes + kHugePage - 1) / kHugePage * kHugePage));
     return {block->data, block, &give_back, c10::Device(c10::DeviceType::CPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
@@ -43,25 +43,34 @@ class Pool final : public c10::Allocator {
   }
 
  private:
-  void* take(size_t bytes) {
+  // The smallest kept block that fits with a fifth to spare at most, for the number of
+  // rows is a little different in every step; of equal ones the last, which is warmest.
+  Block take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    in_use_ += bytes;
-    for (auto kept = kept_.rbegin(); kept != kept_.rend(); ++kept) {
-      if (kept->bytes == bytes) {
-        void* data = kept->data;
-        kept_.erase(std::next(kept).base());
-        kept_bytes_ -= bytes;
-        return data;
-      }
+    auto best = kept_.end();
+    for (auto kept = kept_.begin(); kept != kept_.end(); ++kept) {
+      const bool fits = kept->bytes >= bytes && kept->bytes <= bytes + bytes / 4;
+      if (fits && (best == kept_.end() || kept->bytes <= best->bytes)) best = kept;
     }
-    // What is kept and does not fit makes room, the oldest first.
-    if (in_use_ > peak_) peak_ = in_use_;
-    while (!kept_.empty() && in_use_ + kept_bytes_ > peak_) {
+    if (best != kept_.end()) {
+      const Block block = *best;
+      kept_.erase(best);
+      kept_bytes_ -= block.bytes;
+      in_use_ += block.bytes;
+      return block;
+    }
+    // What is kept and does not fit makes room, the oldest first. A training step comes by
+    // more sizes than it ever holds at once: without the half on top of the peak, each
+    // would throw out the one that is needed next.
+    peak_ = std::max(peak_, in_use_ + bytes);
+    while (!kept_.empty() && in_use_ + bytes + kept_bytes_ > peak_ + peak_ / 2) {
       munmap(kept_.front().data, kept_.front().bytes);
       kept_bytes_ -= kept_.front().bytes;
       kept_.pop_front();
     }
-    return map(bytes);
+    const Block block{map(bytes), bytes};
+    in_use_ += bytes;
+    return block;
   }
 
   // Fresh pages that begin at a huge page's border.

@@ -3,8 +3,9 @@
 // A layer's weight gradients are as large as its weights, and every step frees and
 // allocates them again. Fresh memory costs a page fault every 4 KiB, which for experts
 // with few rows takes as long as the arithmetic. So large blocks lie on huge pages and
-// are kept for the next tensor of their size. What is kept never exceeds what was in use
-// at once before, and the system may take it back (MADV_FREE) when memory runs short.
+// are kept for the next tensor of about their size. All together never exceed one and a
+// half times what was in use at once, and the system may take what is kept (MADV_FREE)
+// when memory runs short.
 
 #pragma once
 

@@ -4,7 +4,7 @@
 //            k = l mod lanes, and a tree adds the lanes at the end. It takes weights as
 //            they lie, so it needs no packing.
 //   nn_tile  c (M, 2 vectors) = a (M, K) b (K, 2 vectors): a's elements are broadcast;
-//            b is a packed panel.
+//            b is a packed panel, or a small matrix where it lies.
 //
 // Rows of a are independent of each other and every k runs upwards in chunks, so
 // a row of c has the same bits whichever rows lie beside it. While a tile computes,
@@ -13,6 +13,7 @@
 
 constexpr int64_t kDepthChunkNT = 1024;  // of k; 1024 / lanes terms a lane
 constexpr int64_t kDepthChunkNN = 128;
+constexpr int64_t kReadInPlace = 64 << 10;  // bytes
 constexpr int kOctet = 8;
 
 // Weights that come next: `rows` rows, `stride` bytes apart, each read along its length.
@@ -121,7 +122,7 @@ void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const 
 
 template <class T, int M>
 void nn_tile(T* c, int64_t ldc, Into into, const T* a, int64_t am, int64_t ak, const T* b,
-             int64_t k, Prefetch ahead) {
+             int64_t ldb, int64_t k, Prefetch ahead) {
   constexpr int lanes = Simd<T>::lanes;
   V<T> sum[M][2];
 #pragma GCC unroll 12
@@ -130,7 +131,7 @@ void nn_tile(T* c, int64_t ldc, Into into, const T* a, int64_t am, int64_t ak, c
     __builtin_prefetch(ahead.at, 0, 2);
     ahead.at += ahead.stride;
     const V<T> left = load(b), right = load(b + lanes);
-    b += 2 * lanes;
+    b += ldb;
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       const V<T> x = splat(a[m * am]);
@@ -170,11 +171,11 @@ inline void nt_rows(int m, T* c, int64_t ldc, bool accumulate, const T* a, int64
 }
 template <class T, int M>
 inline void nn_rows(int m, T* c, int64_t ldc, Into into, const T* a, int64_t am, int64_t ak,
-                    const T* b, int64_t k, Prefetch ahead) {
+                    const T* b, int64_t ldb, int64_t k, Prefetch ahead) {
   if constexpr (M > 1) {
-    if (m < M) return nn_rows<T, M - 1>(m, c, ldc, into, a, am, ak, b, k, ahead);
+    if (m < M) return nn_rows<T, M - 1>(m, c, ldc, into, a, am, ak, b, ldb, k, ahead);
   }
-  nn_tile<T, M>(c, ldc, into, a, am, ak, b, k, ahead);
+  nn_tile<T, M>(c, ldc, into, a, am, ak, b, ldb, k, ahead);
 }
 
 // Tiles of nearly equal height: 13 rows go as 7 and 6, not as 12 and a slow 1.
@@ -243,8 +244,15 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
   for (int64_t k0 = 0; k0 < k; k0 += kDepthChunkNN) {
     const int64_t depth = std::min(kDepthChunkNN, k - k0);
     const S* source = static_cast<const S*>(w.data) + n0 * w.stride_n + k0 * w.stride_k;
+    // Packing costs as much as a tile's arithmetic: a single tile reads W where it lies,
+    // unless its rows are so far apart that memory would wait.
+    bool in_place = false;
+    if constexpr (__is_same(S, T)) {
+      in_place = m <= kTileNN && w.stride_n == 1 && (n1 - n0) % width == 0 &&
+                 depth * w.stride_k * int64_t(sizeof(T)) <= kReadInPlace;
+    }
     // All panels of these rows at once: W is read along its rows, as memory likes it.
-    for (int64_t i = 0; i < depth; ++i) {
+    for (int64_t i = 0; i < depth && !in_place; ++i) {
       for (int64_t n = n0; n < n1; n += width) {
         const int64_t count = std::min(width, n1 - n);
         const S* from = source + i * w.stride_k + (n - n0) * w.stride_n;
@@ -265,12 +273,15 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
     int64_t turn = 0;
     for (int64_t n = n0; n < n1; n += width) {
       T* column = c + (n - n0);
+      const T* b =
+          in_place ? reinterpret_cast<const T*>(source) + (n - n0) : scratch + (n - n0) * depth;
+      const int64_t ldb = in_place ? w.stride_k : width;
       for_even_tiles(m, kTileNN, [&](int64_t row, int64_t height, int64_t) {
         const Prefetch ahead = {reinterpret_cast<const char*>(next) + turn++ % lines * kPadBytes,
                                 int64_t(w.stride_k * sizeof(S)), 1};
         nn_rows<T, kTileNN>(int(height), column + row * ldc, ldc,
-                            k0 > 0 ? Into::add : Into::replace, a + row * lda + k0, lda, 1,
-                            scratch + (n - n0) * depth, depth, ahead);
+                            k0 > 0 ? Into::add : Into::replace, a + row * lda + k0, lda, 1, b, ldb,
+                            depth, ahead);
       });
     }
   }
@@ -309,8 +320,8 @@ int64_t outer_scratch(int64_t height) {
 }
 
 template <class T>
-void outer(void* out, Dtype dtype, int64_t stride, Rows p, int64_t m0, int64_t m1, Rows q,
-           int64_t n, int64_t rows, T* scratch) {
+void outer(void* out, Dtype dtype, int64_t stride, bool past_caches, Rows p, int64_t m0, int64_t m1,
+           Rows q, int64_t n, int64_t rows, T* scratch) {
   constexpr int64_t width = 2 * Simd<T>::lanes;
   const int64_t height = m1 - m0;
   T* panel = scratch;                              // q's columns, (kRowChunk, width)
@@ -324,7 +335,8 @@ void outer(void* out, Dtype dtype, int64_t stride, Rows p, int64_t m0, int64_t m
     const bool direct = one_chunk && rows > 0 && count == width && size_of(dtype) == sizeof(T);
     T* target = direct ? static_cast<T*>(out) + m0 * stride + n0 : sums;
     const int64_t ldt = direct ? stride : width;
-    const bool aligned =
+    const bool streamed =
+        direct && past_caches &&
         (reinterpret_cast<uintptr_t>(target) | uintptr_t(ldt * sizeof(T))) % MOE_VECTOR_BYTES == 0;
     if (rows == 0) std::fill(sums, sums + height * width, T(0));
     for (int64_t r0 = 0; r0 < rows; r0 += kRowChunk) {
@@ -349,9 +361,9 @@ void outer(void* out, Dtype dtype, int64_t stride, Rows p, int64_t m0, int64_t m
         load_rows<T>(left, columns, depth, height);
       }
       for_even_tiles(height, kTileNN, [&](int64_t m, int64_t count_m, int64_t) {
-        const Into into = direct && aligned ? Into::memory : r0 > 0 ? Into::add : Into::replace;
+        const Into into = streamed ? Into::memory : r0 > 0 ? Into::add : Into::replace;
         nn_rows<T, kTileNN>(int(count_m), target + m * ldt, ldt, into, left + m, 1,
-                            padded<T>(height), panel, depth,
+                            padded<T>(height), panel, width, depth,
                             {reinterpret_cast<const char*>(panel), 0, 1});
       });
     }

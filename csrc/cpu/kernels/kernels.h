@@ -72,10 +72,11 @@ struct Kernels {
                  int64_t n1, T* scratch);
   int64_t (*matmul_scratch)(int64_t k);
 
-  // out rows m0..m1 (dtype, stride) = sum over r of p(r, m) q(r, 0..n): a weight gradient.
-  // `scratch` holds outer_scratch(m1 - m0) elements.
-  void (*outer)(void* out, Dtype dtype, int64_t stride, Rows p, int64_t m0, int64_t m1, Rows q,
-                int64_t n, int64_t rows, T* scratch);
+  // out rows m0..m1 (dtype, stride) = sum over r of p(r, m) q(r, 0..n): a weight gradient,
+  // written past the caches where they would not hold all of it. `scratch` holds
+  // outer_scratch(m1 - m0) elements.
+  void (*outer)(void* out, Dtype dtype, int64_t stride, bool past_caches, Rows p, int64_t m0,
+                int64_t m1, Rows q, int64_t n, int64_t rows, T* scratch);
   int64_t (*outer_scratch)(int64_t height);
 
   // a (m, lda) columns i0..i1 = activation of the preactivations in `gate` and `up`

@@ -172,16 +172,6 @@ Weight weight_of(const Experts& call, const at::Tensor& weight, int64_t expert, 
   return {at, call.dtype, along_out, along_in};
 }
 
-// The rows from `begin` on.
-Rows rows_from(Rows rows, int64_t begin) {
-  if (rows.index) {
-    rows.index += begin;
-  } else {
-    rows.data = static_cast<const char*>(rows.data) + begin * rows.stride * size_of(rows.dtype);
-  }
-  return rows;
-}
-
 template <class T>
 at::Tensor in_compute_type(const at::Tensor& bias) {
   if (!bias.defined()) return bias;

@@ -490,14 +490,32 @@ fault(
 )
 fault(
     "weights across k: a chunk of k forgets the ones before",
-    "k0 > 0 ? Into::add : Into::replace",
-    "Into::replace",
+    "{tile, ldc, k0 > 0 ? tile : nullptr, ldc, false}",
+    "{tile, ldc, nullptr, ldc, false}",
     GROUPED + "test_sizes",
 )
 fault(
+    "weights across k: what is read in place is taken for a packed panel",
+    "const int64_t ldb = in_place ? w.stride_k : width;",
+    "const int64_t ldb = width;",
+    GROUPED + "test_few_tokens",
+)
+fault(
     "a weight gradient keeps its last 256 rows alone",
-    "r0 > 0 ? Into::add : Into::replace;",
-    "Into::replace;",
+    "const T* before = chunk > 0 ? sum : nullptr;",
+    "const T* before = nullptr;",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
+    "a weight gradient takes all its rows from the first chunk",
+    "keeps_left ? left + r0 * ld_left : left;",
+    "left;",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
+    "a weight gradient of very many rows packs them once",
+    "if (n0 == 0 || !keeps_left) load_rows",
+    "if (n0 == 0) load_rows",
     GROUPED + "test_rows_an_expert",
 )
 

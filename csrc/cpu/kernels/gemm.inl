@@ -83,9 +83,16 @@ MOE_INLINE void sum_lanes(const V<float> (&v)[kOctet], float* out, bool accumula
 
 // ---- register tiles
 
-// What becomes of a tile: it replaces c, is added to c, or goes past the caches, for
-// memory that nobody reads soon.
-enum class Into { replace, add, memory };
+// Where a tile goes: to c, on top of `before` (null: of nothing), which may be c itself;
+// past the caches where nobody reads it soon.
+template <class T>
+struct Target {
+  T* c;
+  int64_t ldc;
+  const T* before;
+  int64_t ld_before;
+  bool past_caches;
+};
 
 // The tile prefetches ahead.rows of the weights' next rows: OneAhead says that it is one,
 // which costs nothing; any other number is for tiles so few that memory is the limit.
@@ -121,8 +128,8 @@ void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const 
 }
 
 template <class T, int M>
-void nn_tile(T* c, int64_t ldc, Into into, const T* a, int64_t am, int64_t ak, const T* b,
-             int64_t ldb, int64_t k, Prefetch ahead) {
+void nn_tile(Target<T> to, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, int64_t k,
+             Prefetch ahead) {
   constexpr int lanes = Simd<T>::lanes;
   V<T> sum[M][2];
 #pragma GCC unroll 12
@@ -142,12 +149,13 @@ void nn_tile(T* c, int64_t ldc, Into into, const T* a, int64_t am, int64_t ak, c
   }
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
-    T* row = c + m * ldc;
-    if (into == Into::add) {
-      sum[m][0] += load(row);
-      sum[m][1] += load(row + lanes);
+    T* row = to.c + m * to.ldc;
+    if (to.before) {
+      const T* before = to.before + m * to.ld_before;
+      sum[m][0] += load(before);
+      sum[m][1] += load(before + lanes);
     }
-    if (into == Into::memory) {
+    if (to.past_caches) {
       stream(row, sum[m][0]);
       stream(row + lanes, sum[m][1]);
     } else {
@@ -170,12 +178,12 @@ inline void nt_rows(int m, T* c, int64_t ldc, bool accumulate, const T* a, int64
   nt_tile<T, M, OneAhead>(c, ldc, accumulate, a, lda, w, ldw, k, ahead, ahead_step);
 }
 template <class T, int M>
-inline void nn_rows(int m, T* c, int64_t ldc, Into into, const T* a, int64_t am, int64_t ak,
-                    const T* b, int64_t ldb, int64_t k, Prefetch ahead) {
+inline void nn_rows(int m, Target<T> to, const T* a, int64_t am, int64_t ak, const T* b,
+                    int64_t ldb, int64_t k, Prefetch ahead) {
   if constexpr (M > 1) {
-    if (m < M) return nn_rows<T, M - 1>(m, c, ldc, into, a, am, ak, b, ldb, k, ahead);
+    if (m < M) return nn_rows<T, M - 1>(m, to, a, am, ak, b, ldb, k, ahead);
   }
-  nn_tile<T, M>(c, ldc, into, a, am, ak, b, ldb, k, ahead);
+  nn_tile<T, M>(to, a, am, ak, b, ldb, k, ahead);
 }
 
 // Tiles of nearly equal height: 13 rows go as 7 and 6, not as 12 and a slow 1.
@@ -279,9 +287,9 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
       for_even_tiles(m, kTileNN, [&](int64_t row, int64_t height, int64_t) {
         const Prefetch ahead = {reinterpret_cast<const char*>(next) + turn++ % lines * kPadBytes,
                                 int64_t(w.stride_k * sizeof(S)), 1};
-        nn_rows<T, kTileNN>(int(height), column + row * ldc, ldc,
-                            k0 > 0 ? Into::add : Into::replace, a + row * lda + k0, lda, 1, b, ldb,
-                            depth, ahead);
+        T* tile = column + row * ldc;
+        nn_rows<T, kTileNN>(int(height), {tile, ldc, k0 > 0 ? tile : nullptr, ldc, false},
+                            a + row * lda + k0, lda, 1, b, ldb, depth, ahead);
       });
     }
   }
@@ -313,34 +321,41 @@ int64_t matmul_scratch(int64_t k) {
 
 // ---- out = p^T q, a weight gradient: k is the row of the expert
 
+// The rows of p that stay packed while all columns of q pass by; of more rows than these
+// each column panel packs its own again.
+constexpr int64_t kRowsKept = 4 * kRowChunk;
+
 template <class T>
 int64_t outer_scratch(int64_t height) {
   const int64_t width = 2 * Simd<T>::lanes;
-  return kRowChunk * width + kRowChunk * padded<T>(height) + height * width;
+  return kRowChunk * width + kRowsKept * padded<T>(height) + height * width;
 }
 
 template <class T>
 void outer(void* out, Dtype dtype, int64_t stride, bool past_caches, Rows p, int64_t m0, int64_t m1,
            Rows q, int64_t n, int64_t rows, T* scratch) {
   constexpr int64_t width = 2 * Simd<T>::lanes;
-  const int64_t height = m1 - m0;
-  T* panel = scratch;                              // q's columns, (kRowChunk, width)
-  T* left = panel + kRowChunk * width;             // p's columns m0..m1, (kRowChunk, padded)
-  T* sums = left + kRowChunk * padded<T>(height);  // (height, width)
-  const int64_t one_chunk = rows <= kRowChunk;
+  const int64_t height = m1 - m0, ld_left = padded<T>(height);
+  T* panel = scratch;                    // a chunk of q's rows, (kRowChunk, width)
+  T* left = panel + kRowChunk * width;   // p's columns m0..m1, (kRowsKept, ld_left)
+  T* sums = left + kRowsKept * ld_left;  // (height, width)
+  const int64_t chunks = (rows + kRowChunk - 1) / kRowChunk;
+  const bool keeps_left = rows <= kRowsKept;
+  p.data = static_cast<const char*>(p.data) + m0 * size_of(p.dtype);
 
   for (int64_t n0 = 0; n0 < n; n0 += width) {
     const int64_t count = std::min(width, n - n0);
-    // The tiles write where they may: into out itself when it takes whole tiles of T.
-    const bool direct = one_chunk && rows > 0 && count == width && size_of(dtype) == sizeof(T);
-    T* target = direct ? static_cast<T*>(out) + m0 * stride + n0 : sums;
-    const int64_t ldt = direct ? stride : width;
+    // The last chunk's tiles write where they may: into out itself when it takes whole
+    // tiles of T.
+    const bool direct = rows > 0 && count == width && size_of(dtype) == sizeof(T);
+    T* corner = reinterpret_cast<T*>(static_cast<char*>(out) + (m0 * stride + n0) * size_of(dtype));
     const bool streamed =
-        direct && past_caches &&
-        (reinterpret_cast<uintptr_t>(target) | uintptr_t(ldt * sizeof(T))) % MOE_VECTOR_BYTES == 0;
+        past_caches &&
+        (reinterpret_cast<uintptr_t>(corner) | uintptr_t(stride * sizeof(T))) % MOE_VECTOR_BYTES ==
+            0;
     if (rows == 0) std::fill(sums, sums + height * width, T(0));
-    for (int64_t r0 = 0; r0 < rows; r0 += kRowChunk) {
-      const int64_t depth = std::min(kRowChunk, rows - r0);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t r0 = rows * chunk / chunks, r1 = rows * (chunk + 1) / chunks, depth = r1 - r0;
       with_storage<T>(q.dtype, [&](auto stored) {
         using S = decltype(stored);
         for (int64_t r = 0; r < depth; ++r) {
@@ -350,27 +365,19 @@ void outer(void* out, Dtype dtype, int64_t stride, bool past_caches, Rows p, int
           std::fill(panel + r * width + count, panel + (r + 1) * width, T(0));
         }
       });
-      if (n0 == 0 || !one_chunk) {
-        Rows columns = p;
-        columns.data = static_cast<const char*>(p.data) + m0 * size_of(p.dtype);
-        if (p.index) {
-          columns.index = p.index + r0;
-        } else {
-          columns.data = static_cast<const char*>(columns.data) + r0 * p.stride * size_of(p.dtype);
-        }
-        load_rows<T>(left, columns, depth, height);
-      }
+      T* columns = keeps_left ? left + r0 * ld_left : left;
+      if (n0 == 0 || !keeps_left) load_rows<T>(columns, rows_from(p, r0), depth, height);
+      const bool last = direct && chunk + 1 == chunks;
       for_even_tiles(height, kTileNN, [&](int64_t m, int64_t count_m, int64_t) {
-        const Into into = streamed ? Into::memory : r0 > 0 ? Into::add : Into::replace;
-        nn_rows<T, kTileNN>(int(count_m), target + m * ldt, ldt, into, left + m, 1,
-                            padded<T>(height), panel, width, depth,
+        T* sum = sums + m * width;
+        const T* before = chunk > 0 ? sum : nullptr;
+        const Target<T> to = last ? Target<T>{corner + m * stride, stride, before, width, streamed}
+                                  : Target<T>{sum, width, before, width, false};
+        nn_rows<T, kTileNN>(int(count_m), to, columns + m, 1, ld_left, panel, width, depth,
                             {reinterpret_cast<const char*>(panel), 0, 1});
       });
     }
-    if (!direct) {
-      char* corner = static_cast<char*>(out) + (m0 * stride + n0) * size_of(dtype);
-      store_rows<T>(corner, dtype, stride, sums, width, height, count);
-    }
+    if (!direct) store_rows<T>(corner, dtype, stride, sums, width, height, count);
   }
   fence();
 }

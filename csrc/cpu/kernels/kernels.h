@@ -34,6 +34,16 @@ struct Rows {
   const int32_t* index;
 };
 
+// The rows from `begin` on.
+inline Rows rows_from(Rows rows, int64_t begin) {
+  if (rows.index) {
+    rows.index += begin;
+  } else {
+    rows.data = static_cast<const char*>(rows.data) + begin * rows.stride * size_of(rows.dtype);
+  }
+  return rows;
+}
+
 // One expert's weight as W(n, k): element (n, k) at data + n*stride_n + k*stride_k.
 // One of the strides is 1 in the layouts that are fast.
 struct Weight {

@@ -5,6 +5,8 @@
     make mutants ARGS=--list            their names
     make mutants ARGS="--kernels route" those of the CUDA kernels, of which the name or file
                                         has "route"; the emulator runs the tests
+    make mutants ARGS=--record          writes the verdicts to results/cpu.txt (kernels.txt),
+                                        in place of the older ones of the same faults
 
 The faults stand in faults.py and kernel_faults.py beside this file. A worker plants them
 in a copy of the sources of its own, under build/mutants/, rebuilds what changed and runs
@@ -15,6 +17,7 @@ does not compile, or keeps the tests from starting, proves nothing: it counts as
 import argparse
 import filecmp
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +25,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))  # the lists import each other as the suite imports them
@@ -31,6 +35,7 @@ from mutants.kernel_faults import KERNEL_FAULTS  # noqa: E402
 
 COPIES = ROOT / "build" / "mutants"
 COPIED = ("moe_ext", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
+RESULTS = ROOT / "tests" / "mutants" / "results"
 TIMEOUT = 300  # seconds for the tests of one fault
 
 
@@ -111,6 +116,56 @@ def set_up(copy, kernels, faults):
         sys.exit(f"without any fault, in {copy}:\n{output}")
 
 
+def commit():
+    """The commit of the sources, with a + where they differ from it."""
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", ROOT, *arguments], text=True, capture_output=True)
+
+    others = [*COPIED, f":!{RESULTS.relative_to(ROOT)}"]
+    changed = git("diff", "--quiet", "HEAD", "--", *others).returncode
+    return (git("rev-parse", "--short=10", "HEAD").stdout.strip() or "?") + "+" * bool(changed)
+
+
+class Record:
+    """The verdicts on a list of faults in a file, a line each, in the list's order.
+
+    A run of some faults replaces their lines; what is said of faults that are no longer in
+    the list is dropped. A line names the commit at which its fault was run.
+    """
+
+    LINE = re.compile(r"(\w+) +(\d+) s  (\S+)  (.*)")
+
+    def __init__(self, path, faults):
+        self.path = path
+        self.names = [f"{fault.file}: {fault.name}" for fault in faults]
+        self.commit = commit()
+        self.verdicts = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            if match := self.LINE.fullmatch(line):
+                *verdict, name = match.groups()
+                self.verdicts[name] = verdict
+        self.lock = Lock()
+
+    def add(self, name, verdict, seconds):
+        with self.lock:
+            self.verdicts[name] = (verdict, f"{seconds:.0f}", self.commit)
+            self.write()  # each time: a run that is stopped has said what it knows
+
+    def write(self):
+        said = {name: self.verdicts[name] for name in self.names if name in self.verdicts}
+        lines = [
+            f"{verdict:8} {seconds:>4} s  {commit}  {name}"
+            for name, (verdict, seconds, commit) in said.items()
+        ]
+        caught = sum(verdict == "caught" for verdict, *_ in said.values())
+        summary = f"{caught} of {len(self.names)} faults caught"
+        if len(said) < len(self.names):
+            summary += f", {len(self.names) - len(said)} not run"
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text("\n".join([*lines, summary, ""]))
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -123,10 +178,14 @@ def main():
         "--kernels", action="store_true", help="the faults of the CUDA kernels, in the emulator"
     )
     parser.add_argument("--list", action="store_true", help="print the faults and stop")
+    parser.add_argument(
+        "--record", action="store_true", help="write the verdicts to tests/mutants/results/"
+    )
     options = parser.parse_args()
+    known = KERNEL_FAULTS if options.kernels else FAULTS
     faults = [
         fault
-        for fault in (KERNEL_FAULTS if options.kernels else FAULTS)
+        for fault in known
         if not options.words or any(word in f"{fault.file} {fault.name}" for word in options.words)
     ]
     if options.list:
@@ -146,17 +205,21 @@ def main():
         for worker in range(jobs)
     ]
     results = SimpleQueue()
+    record = None
+    if options.record:
+        record = Record(RESULTS / f"{'kernels' if options.kernels else 'cpu'}.txt", known)
 
     def work(copy, share):
         set_up(copy, options.kernels, share)
         for fault in share:
             started = time.time()
             verdict, output = plant(copy, options.kernels, fault)
+            seconds = time.time() - started
+            name = f"{fault.file}: {fault.name}"
             results.put(verdict)
-            print(
-                f"{verdict:8} {time.time() - started:4.0f} s  {fault.file}: {fault.name}",
-                flush=True,
-            )
+            print(f"{verdict:8} {seconds:4.0f} s  {name}", flush=True)
+            if record:
+                record.add(name, verdict, seconds)
             if verdict != "caught":
                 print(output, flush=True)
 

@@ -152,6 +152,14 @@ def test_non_contiguous(dtype, hidden):
         assert bits_equal(actual, expected)
 
 
+@pytest.mark.parametrize("weight_dtype", (torch.bfloat16, torch.float32))
+def test_rows_farther_apart_beside_another_weight(weight_dtype):
+    """A dtype that needs no widening is read where it lies, whatever the other one is."""
+    x, weight = unit(20, 1040), unit(6, 1040).to(weight_dtype)
+    apart = torch.cat((x, x), -1)[:, :1040]
+    assert bits_equal(functional.router_logits(apart, weight), functional.router_logits(x, weight))
+
+
 def test_expanded():
     """Strides of 0, in x and in the gradient of a sum."""
     x, weight = unit(1, 16).expand(40, 16), unit(3, 16).requires_grad_()

@@ -63,7 +63,7 @@ MOE_EXT_INTRINSIC void __threadfence_system() { emulator::fence(); }
 MOE_EXT_INTRINSIC void __threadfence_block() {}
 MOE_EXT_INTRINSIC void __nanosleep(unsigned) { emulator::pause(); }
 MOE_EXT_INTRINSIC unsigned __activemask() { return emulator::active_mask(); }
-MOE_EXT_INTRINSIC void __trap() { emulator::fail("__trap()"); }
+MOE_EXT_INTRINSIC void __trap() { emulator::trap(); }
 
 // ---- warp ------------------------------------------------------------------------------
 

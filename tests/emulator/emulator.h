@@ -115,6 +115,7 @@ void pause();  // lets others run: a thread that spins must call it
 uint32_t ld_acquire(const uint32_t* flag);
 void st_release(uint32_t* flag, uint32_t value);
 
+[[noreturn]] void trap();
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- launch

@@ -36,7 +36,7 @@ def run(micro, name, seed, **settings):
 
 
 REPORTED = {  # kernel: what the report says
-    "divergent_barrier": r"divergent barrier 0: other lanes of warp 0 are at .*faulty.cu:\d+",
+    "divergent_barrier": r"divergent barrier 0: other lanes of warp [01] are at .*faulty.cu:\d+",
     "barrier_left_out": r"deadlock.*threads 0-31: at barrier 1 \(32 of 64 have come\)",
     "barrier_of_two_sizes": r"barrier 1 is for (64|96) threads here and for (64|96) elsewhere",
     "shuffle_after_exit": r"exits, but lanes|names lanes \w+, which have exited",

@@ -20,12 +20,12 @@ void cp_async(uint32_t target, const void* source, int size, int bytes) {
   if (bytes && checked()) access(source, bytes, false, false, call_site);
   b.begin_copy(target, size, call_site);
   self.copies.push_back({target, source, static_cast<uint16_t>(size), static_cast<uint16_t>(bytes),
-                         self.copy_group, false});
+                         self.copy_group, false, call_site});
   if (b.launch->delivery == kEager) b.deliver(self.copies.back());
 }
 
 void Block::deliver(AsyncCopy& copy) {
-  char* target = shared_pointer(copy.target, copy.size, "cp.async");
+  char* target = shared_pointer(copy.target, copy.size, "cp.async", copy.call_site);
   std::memcpy(target, copy.source, copy.bytes);
   std::memset(target + copy.bytes, 0, copy.size - copy.bytes);
   copy.done = true;

@@ -36,6 +36,7 @@ struct AsyncCopy {
   uint16_t size, bytes;  // of the target, of the source: the rest is zero
   uint32_t group;
   bool done;
+  void* call_site;
 };
 
 struct Thread {
@@ -154,7 +155,7 @@ class Block {
   void deliver_some();
 
   // ---- memory.cpp
-  char* shared_pointer(uint32_t address, size_t bytes, const char* what);
+  char* shared_pointer(uint32_t address, size_t bytes, const char* what, void* call_site);
   size_t shared_offset(uint32_t address) const {  // in `cells`
     return address >= kStaticBase ? smem_capacity + (address - kStaticBase)
                                   : address - kDynamicBase;

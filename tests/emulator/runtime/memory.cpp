@@ -112,17 +112,17 @@ uint32_t shared_address(const void* pointer) {
   fail_at(EMULATOR_CALL_SITE, "%p is not in shared memory", pointer);
 }
 
-char* Block::shared_pointer(uint32_t address, size_t bytes, const char* what) {
+char* Block::shared_pointer(uint32_t address, size_t bytes, const char* what, void* call_site) {
   if (address >= kStaticBase) {
     const size_t offset = address - kStaticBase;
     if (offset + bytes > launch->static_smem_bytes)
-      fail("%s: 0x%x is outside of static shared memory", what, address);
+      fail_at(call_site, "%s: 0x%x is outside of static shared memory", what, address);
     return launch->static_smem + offset;
   }
   if (address < kDynamicBase || address - kDynamicBase + bytes > smem_bytes)
-    fail("%s: bytes %ld to %ld of dynamic shared memory, of which there are %zu", what,
-         static_cast<long>(address) - kDynamicBase,
-         static_cast<long>(address + bytes) - kDynamicBase - 1, smem_bytes);
+    fail_at(call_site, "%s: bytes %ld to %ld of dynamic shared memory, of which there are %zu",
+            what, static_cast<long>(address) - kDynamicBase,
+            static_cast<long>(address + bytes) - kDynamicBase - 1, smem_bytes);
   return smem + (address - kDynamicBase);
 }
 

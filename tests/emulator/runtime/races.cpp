@@ -75,7 +75,7 @@ void Block::track(size_t offset, size_t bytes, bool write, bool atomic, void* ca
 }
 
 void Block::begin_copy(uint32_t target, size_t bytes, void* call_site) {
-  char* const data = shared_pointer(target, bytes, "cp.async");
+  char* const data = shared_pointer(target, bytes, "cp.async", call_site);
   if (checked()) {
     const size_t offset = shared_offset(target);
     track(offset, bytes, true, false, call_site);

@@ -41,6 +41,7 @@ static std::string look_up(void* call_site) {
     const std::string anonymous = "(anonymous namespace)::";
     for (size_t found; (found = line.find(anonymous)) != std::string::npos;)
       line.erase(found, anonymous.size());
+    line.resize(std::min(line.size(), line.find(" (discriminator")));
     const size_t at = line.rfind(" at ");
     const std::string function = line.substr(0, std::min(at, line.find('(')));
     place += (frames ? " <- " : "") + function;
@@ -90,7 +91,9 @@ void fail_at(void* call_site, const char* format, ...) {
 void fail(const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
-  report(EMULATOR_CALL_SITE, format, arguments);
+  report(nullptr, format, arguments);
 }
+
+void trap() { fail_at(EMULATOR_CALL_SITE, "__trap()"); }
 
 }  // namespace emulator

@@ -9,11 +9,6 @@
 using emulator::access;
 
 namespace {
-struct Location {  // what -fsanitize's data begin with
-  const char* file;
-  unsigned line, column;
-};
-
 void check_alignment(void* address, unsigned bytes, void* call_site) {
   if (emulator::current && reinterpret_cast<uintptr_t>(address) % bytes)
     emulator::fail_at(call_site, "misaligned access of %u bytes at %p", bytes, address);
@@ -62,18 +57,15 @@ void __tsan_write_range(void* address, unsigned long bytes) {
   access(address, bytes, true, false, EMULATOR_CALL_SITE);
 }
 
-void __ubsan_handle_out_of_bounds(void* data, unsigned long index) {
-  const auto& at = *static_cast<Location*>(data);
-  emulator::fail("index %ld is outside of the array [%s:%u]", static_cast<long>(index), at.file,
-                 at.line);
+void __ubsan_handle_out_of_bounds(void*, unsigned long index) {
+  emulator::fail_at(EMULATOR_CALL_SITE, "index %ld is outside of the array",
+                    static_cast<long>(index));
 }
-void __ubsan_handle_shift_out_of_bounds(void* data, unsigned long, unsigned long by) {
-  const auto& at = *static_cast<Location*>(data);
-  emulator::fail("a shift by %ld [%s:%u]", static_cast<long>(by), at.file, at.line);
+void __ubsan_handle_shift_out_of_bounds(void*, unsigned long, unsigned long by) {
+  emulator::fail_at(EMULATOR_CALL_SITE, "a shift by %ld", static_cast<long>(by));
 }
-void __ubsan_handle_type_mismatch_v1(void* data, unsigned long pointer) {
-  const auto& at = *static_cast<Location*>(data);
-  emulator::fail("misaligned or null pointer %p [%s:%u]", reinterpret_cast<void*>(pointer), at.file,
-                 at.line);
+void __ubsan_handle_type_mismatch_v1(void*, unsigned long pointer) {
+  emulator::fail_at(EMULATOR_CALL_SITE, "misaligned or null pointer %p",
+                    reinterpret_cast<void*>(pointer));
 }
 }

@@ -3,7 +3,8 @@
     python tests/emulator/build.py [fast|checked]
 
 Writes a build.ninja for build/emulator/<kind>/ and runs ninja, so that only what changed
-is compiled. Four libraries, in build/emulator/<kind>/:
+is compiled. It names our files from the root of the checkout: a copy of the whole, with its
+times, needs no compiling. Four libraries, in build/emulator/<kind>/:
 
     libemulator.so        the runtime: tests/emulator/runtime/
     libkernels.so         csrc/cuda/kernels/*.cu. Nothing else, for its thread-local block is
@@ -43,10 +44,6 @@ CHECKED = (
 
 def folder(kind):
     return ROOT / "build" / "emulator" / kind
-
-
-def library(kind):
-    return folder(kind) / "moe_ext_emulated.so"
 
 
 def cuda_includes():
@@ -115,10 +112,10 @@ def write_ninja(kind):
     import torch
     from torch.utils import cpp_extension
 
-    target = folder(kind)
+    target = folder(kind).relative_to(ROOT)  # ninja runs there
     include = target / "include"
-    include.mkdir(parents=True, exist_ok=True)
-    header = include / "build_info.h"
+    (ROOT / include).mkdir(parents=True, exist_ok=True)
+    header = ROOT / include / "build_info.h"
     text = f"#define MOE_EXT_BUILD_INFO {json.dumps(json.dumps(build_info()))}\n"
     if not header.exists() or header.read_text() != text:
         header.write_text(text)
@@ -126,7 +123,7 @@ def write_ninja(kind):
     cuda = " ".join(f"-isystem {path}" for path in cuda_includes())
     torch_include = " ".join(f"-isystem {path}" for path in cpp_extension.include_paths())
     torch_library = cpp_extension.library_paths()[0]
-    ours = f"-I{ROOT / 'csrc'} -I{ROOT / 'tests'} {cuda}"
+    ours = f"-Icsrc -Itests {cuda}"
     kernel = f"{KERNEL} {CHECKED if kind == 'checked' else ''}"
     lines = [
         f"builddir = {target}",
@@ -144,14 +141,16 @@ def write_ninja(kind):
     def compile_all(files, flags):
         objects = []
         for file in files:
-            objects.append(f"{target / file.relative_to(ROOT)}.o")
+            file = file.relative_to(ROOT)
+            objects.append(f"{target / file}.o")
             lines.extend([f"build {objects[-1]}: compile {file}", f"  flags = {flags}"])
         return objects
 
     def link(name, objects, flags, needs=()):
         needed = " ".join(str(target / lib) for lib in needs)
+        # || : what a library is linked with must be there; it may change without a new link
         lines.extend(
-            [f"build {target / name}: link {' '.join(objects)} | {needed}",
+            [f"build {target / name}: link {' '.join(objects)} || {needed}",
              f"  flags = {needed} -Wl,-rpath,'$$ORIGIN' {flags}"]
         )  # fmt: skip
 
@@ -172,10 +171,10 @@ def write_ninja(kind):
         "moe_ext_emulated.so", compile_all(ops, flags),
         f"-L{torch_library} -lc10 -ltorch_cpu -ltorch -Wl,-rpath,{torch_library}", needs,
     )  # fmt: skip
-    (target / "needs_cpu").unlink(missing_ok=True)
+    (folder(kind) / "needs_cpu").unlink(missing_ok=True)
     if lacking():
-        (target / "needs_cpu").touch()
-    file = target / "build.ninja"
+        (folder(kind) / "needs_cpu").touch()
+    file = folder(kind) / "build.ninja"
     text = "\n".join(lines) + "\n"
     if not file.exists() or file.read_text() != text:
         file.write_text(text)

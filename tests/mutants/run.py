@@ -10,7 +10,8 @@
 
 The faults stand in faults.py and kernel_faults.py beside this file. A worker plants them
 in a copy of the sources of its own, under build/mutants/, rebuilds what changed and runs
-the tests that are named with the fault; the sources here are not touched. A fault that
+the tests that are named with the fault; the sources here are not touched. The emulated
+library is built here, once, and copied: a fault compiles the kernels that hold it. One that
 does not compile, or keeps the tests from starting, proves nothing: it counts as broken.
 """
 
@@ -30,6 +31,7 @@ from threading import Lock
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))  # the lists import each other as the suite imports them
 
+from emulator import build as emulated  # noqa: E402
 from mutants.faults import FAULTS  # noqa: E402
 from mutants.kernel_faults import KERNEL_FAULTS  # noqa: E402
 
@@ -57,7 +59,19 @@ def refresh(copy):
                 target.unlink()
 
 
-def python(copy, *arguments, timeout=TIMEOUT):
+def clone(copy):
+    """A worker's copy for the kernels: sources and emulated library, with their times."""
+    shutil.rmtree(copy, ignore_errors=True)
+    built = emulated.folder("fast").relative_to(ROOT)
+    for name in (*COPIED, built):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.pyc"))
+        else:
+            shutil.copy2(ROOT / name, copy / name)
+
+
+def run(copy, *command, timeout=TIMEOUT):
+    """(exit code, what it said); below 0 where it crashed or hung."""
     environment = os.environ | {
         "PYTHONPATH": str(copy),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -66,8 +80,8 @@ def python(copy, *arguments, timeout=TIMEOUT):
     }
     try:
         done = subprocess.run(
-            [sys.executable, *arguments], cwd=copy, env=environment, timeout=timeout,
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command, cwd=copy, env=environment, timeout=timeout, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired as expired:
         return -1, str(expired)
@@ -76,14 +90,15 @@ def python(copy, *arguments, timeout=TIMEOUT):
 
 def build(copy, kernels, **options):
     if kernels:
-        return python(copy, "tests/emulator/build.py", **options)
-    return python(copy, "setup.py", "build_ext", "--inplace", **options)
+        file = emulated.folder("fast").relative_to(ROOT) / "build.ninja"
+        return run(copy, emulated.ninja(), "-f", file, **options)
+    return run(copy, sys.executable, "setup.py", "build_ext", "--inplace", **options)
 
 
 def run_tests(copy, kernels, tests, **options):
     backend = ["--backend", "emulated"] if kernels else []
     quiet = ["-q", "-x", "-p", "no:cacheprovider"]
-    return python(copy, "-m", "pytest", *quiet, *backend, *tests, **options)
+    return run(copy, sys.executable, "-m", "pytest", *quiet, *backend, *tests, **options)
 
 
 def plant(copy, kernels, fault):
@@ -107,11 +122,18 @@ def plant(copy, kernels, fault):
 
 def set_up(copy, kernels, faults):
     """A worker's copy, built, whose tests pass as long as nothing is planted."""
-    refresh(copy)
+    if kernels:
+        clone(copy)
+    else:
+        refresh(copy)
     code, output = build(copy, kernels, timeout=None)  # everything; a fault rebuilds one file
-    if code == 0:
-        tests = sorted({t for fault in faults for t in fault.tests if not t.startswith("--")})
-        code, output = run_tests(copy, kernels, tests, timeout=None)
+    by_options = {}
+    for fault in faults:
+        options = tuple(test for test in fault.tests if test.startswith("--"))
+        by_options.setdefault(options, set()).update(set(fault.tests) - set(options))
+    for options, tests in by_options.items():
+        if code == 0:
+            code, output = run_tests(copy, kernels, sorted(tests) + [*options], timeout=None)
     if code:
         sys.exit(f"without any fault, in {copy}:\n{output}")
 
@@ -197,8 +219,11 @@ def main():
             sys.exit(f"{fault.file}: {fault.name}: the text to replace must occur exactly once")
 
     begin = time.time()
+    kind = "kernels" if options.kernels else "cpu"
+    if options.kernels:
+        emulated.build()
     jobs = max(1, min(options.jobs, len(faults)))
-    copies = [COPIES / str(worker) for worker in range(jobs)]
+    copies = [COPIES / f"{kind}-{worker}" for worker in range(jobs)]
     # Every worker takes a run of neighbours, so that a file is rarely rebuilt unchanged.
     shares = [
         faults[worker * len(faults) // jobs : (worker + 1) * len(faults) // jobs]
@@ -207,7 +232,7 @@ def main():
     results = SimpleQueue()
     record = None
     if options.record:
-        record = Record(RESULTS / f"{'kernels' if options.kernels else 'cpu'}.txt", known)
+        record = Record(RESULTS / f"{kind}.txt", known)
 
     def work(copy, share):
         set_up(copy, options.kernels, share)

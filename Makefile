@@ -10,11 +10,21 @@
 #   make kernels  compiles the parts without torch alone, through CMake
 #   make clean    removes all of it
 #
+# Without a GPU:
+#   make emulated     the suite over the CUDA kernels, in the emulator
+#   make nvcc         nvcc over every kernel: no warning, no spill, resources as committed
+#   make cuda-import  the whole extension against CUDA_TORCH, in a venv of its own (6 GB);
+#                     it must link, import, hold every op and work on the CPU
+#
+# On a machine with a GPU and nvcc (a part each takes less than 9 minutes):
+#   make gpu          all of: gpu-tests, gpu-sanitizer, gpu-bench
+#
 # A torch that PYTHON can import is used as it is; else TORCH is installed.
 # TORCH may hold any pip arguments: TORCH="torch==2.13.0 --index-url ...".
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.14.1
 ARGS ?=
 
 VENV := .venv
@@ -25,7 +35,8 @@ CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # xdist fills the cores with processes; a thread each is then the fastest.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: test demo lint format mutants bench installed kernels build clean
+.PHONY: test demo lint format mutants bench installed kernels build clean \
+        emulated nvcc cuda-import gpu gpu-build gpu-tests gpu-sanitizer gpu-bench
 
 test: build
 	$(RUN) -m pytest -n auto $(ARGS)
@@ -55,10 +66,61 @@ installed: $(VENV)/ready
 	$(PIP) install --no-build-isolation --no-deps --target build/installed/site build/installed/moe_ext-*.tar.gz
 	cd build/installed/site && ../../../$(RUN) -m moe_ext
 
+# KERNELS="moe_ext_cpu_kernels moe_ext_emulator" leaves the rest out.
 kernels:
 	mkdir -p build
 	cmake -S . -B build/cmake > build/cmake.log || { cat build/cmake.log; exit 1; }
-	cmake --build build/cmake --parallel $(MAX_JOBS)
+	cmake --build build/cmake --parallel $(MAX_JOBS) $(if $(KERNELS),--target $(KERNELS))
+
+# ---- without a GPU -----------------------------------------------------------------
+
+# A test of a stage's bits runs under eight orders of threads, the others under one each.
+emulated: export OMP_NUM_THREADS = 1
+emulated: build
+	$(RUN) -m pytest -n auto -q --backend emulated $(ARGS)
+
+nvcc: $(VENV)/ready
+	$(RUN) tests/nvcc/gate.py $(ARGS)
+
+CUDA_BUILD := build/cuda
+CUDA_RUN := $(CUDA_BUILD)/venv/bin/python
+cuda-import: export MOE_EXT_BUILD = cuda
+cuda-import: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0a
+cuda-import: $(CUDA_BUILD)/venv/ready
+	@echo "building for $$TORCH_CUDA_ARCH_LIST (the compilers' words: $(CUDA_BUILD)/log) ..."
+	@$(CUDA_RUN) setup.py build --build-base $(CUDA_BUILD) --build-lib $(CUDA_BUILD)/site > $(CUDA_BUILD)/log 2>&1 \
+	    || { tail -n 100 $(CUDA_BUILD)/log; exit 1; }
+	PYTHONPATH=$(CUDA_BUILD)/site $(CUDA_BUILD)/venv/bin/pytest -q tests/test_cuda_build.py $(ARGS)
+
+$(CUDA_BUILD)/venv/ready:
+	@echo "setting up $(CUDA_BUILD)/venv ($(CUDA_TORCH)) ..."
+	@mkdir -p $(CUDA_BUILD)
+	@$(PYTHON) -m venv $(CUDA_BUILD)/venv
+	@$(CUDA_RUN) -m pip -qq --disable-pip-version-check install $(CUDA_TORCH) 'setuptools>=77' ninja numpy pytest hypothesis
+	@touch $@
+
+# ---- on a GPU ------------------------------------------------------------------------
+
+gpu: gpu-tests gpu-bench gpu-sanitizer
+
+# PYTHON as it is, if it has a torch with CUDA: such a machine may have no network.
+GPU_RUN = $(shell $(PYTHON) -c 'import torch; assert torch.version.cuda' 2> /dev/null && echo $(PYTHON) || echo $(RUN))
+gpu-build gpu-tests gpu-sanitizer gpu-bench: export PYTHONPATH := $(CURDIR)
+gpu-build: export MOE_EXT_BUILD = cuda
+gpu-build: export TORCH_CUDA_ARCH_LIST ?= native
+gpu-build: $(if $(filter $(RUN),$(GPU_RUN)),$(VENV)/ready)
+	@mkdir -p build
+	$(GPU_RUN) setup.py build_ext --inplace > build/log 2>&1 || { tail -n 100 build/log; exit 1; }
+	$(GPU_RUN) -m moe_ext
+
+gpu-tests: gpu-build
+	$(GPU_RUN) tests/gpu/run.py tests $(ARGS)
+
+gpu-sanitizer: gpu-build
+	$(GPU_RUN) tests/gpu/run.py sanitizer $(ARGS)
+
+gpu-bench: gpu-build
+	$(GPU_RUN) benchmarks/bench_layer.py --device cuda $(ARGS)
 
 build: $(VENV)/ready
 	@$(RUN) setup.py build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
@@ -73,7 +135,7 @@ $(VENV)/torch:
 $(VENV)/ready: $(VENV)/torch pyproject.toml
 	@echo "installing the tools and compiling the library (later only what changed) ..."
 	@$(PIP) install 'setuptools>=77' ninja
-	@$(PIP) install --no-build-isolation --editable '.[test,demo,lint]'
+	@$(PIP) install --no-build-isolation --editable '.[test,demo,lint,nvcc]'
 	@touch $@
 
 clean:

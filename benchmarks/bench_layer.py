@@ -16,12 +16,15 @@ ratios. Forward is inference (no_grad); forward+backward takes the gradient of x
 all parameters, which are set to None between the calls. The tokens are such that every
 side chooses the same experts, and outputs are compared before anything is timed.
 
+With `--device cuda` bench_layer_cuda.py runs in its place.
+
 Decoding is timed with the weights out of the caches, and counted in bytes of
 weights of the chosen experts a second, as a share of the machine's read bandwidth.
 """
 
 import argparse
 import statistics
+import sys
 from typing import NamedTuple
 
 import torch
@@ -237,7 +240,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=11, help="rounds (default 11)")
     parser.add_argument("--quick", action="store_true", help="3 rounds, for a first look")
     parser.add_argument("--threads", type=int, default=None, help="default: torch's")
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", help="results file (default benchmarks/results/layer_cpu.json)")
     parser.add_argument("--dry-run", action="store_true", help="write no results")
     parser.add_argument("--update-readme", action="store_true")
@@ -275,4 +278,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if {"cuda", "--device=cuda"} & set(sys.argv):  # other shapes, other clocks: a file of its own
+        import bench_layer_cuda
+
+        bench_layer_cuda.main()
+    else:
+        main()

@@ -3,6 +3,8 @@
 Every test starts from a seed made of its own name, so that a failure repeats
 alone and in any order. MOE_EXT_TEST_SEED=n draws other data for the whole run.
 
+`--backend cuda` makes every test's tensors on the GPU.
+
 `--backend emulated` runs the suite over the CUDA sources, in the emulator, which is
 built first. Every test then starts the emulator with a seed of its own; MOE_EXT_TEST_SEED
 changes these as well, and `--emulator-seeds 8` runs every test with 8 of them.
@@ -47,6 +49,8 @@ def pytest_configure(config):
     backend = config.getoption("--backend")
     if backend:
         os.environ["MOE_EXT_BACKEND"] = backend
+    if os.environ.get("MOE_EXT_BACKEND") == "cuda":
+        torch.set_default_device("cuda")
     if is_emulated():
         os.environ["MOE_EXT_EMULATOR_BUILD"] = config.getoption("--emulator-build")
         if not hasattr(config, "workerinput"):  # xdist: once, before its workers start

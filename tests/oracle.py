@@ -208,12 +208,23 @@ def assert_matches(function, reference_function, inputs, frozen=(), dtype=None):
     return actual
 
 
+def several_runs(set_threads):
+    """For runs that must give the same bits: twice with 1 and with 2 threads; in the emulator
+    under eight orders of threads and blocks, and deliveries of copies."""
+    if BACKEND == "emulated":
+        from emulator import control
+
+        for seed in range(8):
+            yield control.set(seed)
+    else:
+        for threads in (1, 1, 2, 2):
+            yield set_threads(threads)
+
+
 def assert_same_bits(function, inputs, set_threads, frozen=()):
-    """Outputs and gradients have the same bits twice, and with 1 and 2 threads."""
-    cotangents, runs = {}, []
-    for threads in (1, 1, 2, 2):
-        set_threads(threads)
-        runs.append(evaluate(function, inputs, frozen, cotangents))
+    """Outputs and gradients have the same bits in several_runs."""
+    cotangents = {}
+    runs = [evaluate(function, inputs, frozen, cotangents) for _ in several_runs(set_threads)]
     for run in runs[1:]:
         for name, result in run.items():
             assert bits_equal(result, runs[0][name]), f"{name}: not the same bits"

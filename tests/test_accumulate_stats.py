@@ -8,7 +8,7 @@ import torch
 from ffn_suite import needs_ops
 from moe_ext import reference
 from moe_ext.stats import ASSIGNMENTS, DROPPED, ENTROPY, FORWARDS, LOST_TOKENS, MAX_LOGIT, TOKENS
-from oracle import DTYPES, bits_equal, strided
+from oracle import DTYPES, bits_equal, several_runs, strided
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "softmax_topk")
 
@@ -107,7 +107,7 @@ def test_padding_is_not_read(function):
         results.append(sums(7))
         changed = torch.where(mask[:, None], value, logits)
         torch.ops.moe_ext.accumulate_stats(*results[-1], changed, *rest, mask, function)
-    assert bits_equal(results[0], results[1]) and bits_equal(results[0], results[2])
+    assert all(bits_equal(result, results[0]) for result in results[1:])
 
 
 def test_a_nan_is_not_hidden():
@@ -140,8 +140,7 @@ def test_non_contiguous():
 def test_same_bits(set_threads):
     forward = draw(3000, 12)
     results = []
-    for threads in (1, 1, 2):
-        set_threads(threads)
+    for _ in several_runs(set_threads):
         results.append(sums(12))
         torch.ops.moe_ext.accumulate_stats(*results[-1], *forward, "sigmoid")
-    assert bits_equal(results[0], results[1]) and bits_equal(results[0], results[2])
+    assert all(bits_equal(result, results[0]) for result in results[1:])

@@ -20,6 +20,7 @@ from oracle import (
     assert_within_bound,
     bits_equal,
     relative_error,
+    several_runs,
     unit,
 )
 
@@ -467,12 +468,11 @@ def test_num_experts_per_tok():
 
 @pytest.mark.skipif(not HAS_OPS, reason="the reference is the library's matrix products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_with_one_and_two_threads(dtype, set_threads):
+def test_the_same_bits_in_every_run(dtype, set_threads):
     layer = make(dtype=dtype, hidden=64, width=48, z_loss_coef=0.1, renormalize_after_drop=True)
     x = unit(3, 300, 64, dtype=dtype)
     results = []
-    for threads in (1, 1, 2, 2):
-        set_threads(threads)
+    for _ in several_runs(set_threads):
         torch.manual_seed(0)
         layer.stats(reset=True)
         results.append((*step(layer, x, run), layer.stats()))

@@ -107,7 +107,7 @@ gpu: gpu-tests gpu-bench gpu-sanitizer
 GPU_RUN = $(shell $(PYTHON) -c 'import torch; assert torch.version.cuda' 2> /dev/null && echo $(PYTHON) || echo $(RUN))
 gpu-build gpu-tests gpu-sanitizer gpu-bench: export PYTHONPATH := $(CURDIR)
 gpu-build: export MOE_EXT_BUILD = cuda
-gpu-build: export TORCH_CUDA_ARCH_LIST ?= native
+gpu-build: export TORCH_CUDA_ARCH_LIST ?= $(shell $(GPU_RUN) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
 gpu-build: $(if $(filter $(RUN),$(GPU_RUN)),$(VENV)/ready)
 	@mkdir -p build
 	$(GPU_RUN) setup.py build_ext --inplace > build/log 2>&1 || { tail -n 100 build/log; exit 1; }

@@ -37,12 +37,12 @@ def test_the_stages_are_among_them():
 def test_what_was_built_for():
     built = [arch for arch in _load.BUILD_INFO["archs"] if arch.startswith(("sm_", "compute_"))]
     assert built and _load.BUILD_INFO["cuda"] == torch.version.cuda
-    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        assert built == [
-            kind + re.sub(r"\D*$", "", arch.replace(".", "")) + ("a" if "a" in arch else "")
-            for arch in asked.split(";")
-            for kind in ["sm_", *(["compute_"] if arch.endswith("+PTX") else [])]
-        ]
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if re.fullmatch(r"(\d+\.\d+a?(\+PTX)?;?)+", asked):
+        for arch in filter(None, asked.split(";")):
+            number = arch.removesuffix("+PTX").replace(".", "")
+            assert f"sm_{number}" in built
+            assert (f"compute_{number}" in built) == arch.endswith("+PTX")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

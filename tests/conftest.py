@@ -7,7 +7,9 @@ alone and in any order. MOE_EXT_TEST_SEED=n draws other data for the whole run.
 
 `--backend emulated` runs the suite over the CUDA sources, in the emulator, which is
 built first. Every test then starts the emulator with a seed of its own; MOE_EXT_TEST_SEED
-changes these as well, and `--emulator-seeds 8` runs every test with 8 of them.
+changes these as well, and `--emulator-seeds 8` runs every test with 8 of them. That takes
+8 times as long; `-m schedules` selects the tests for which it is worth it, which are few:
+emulator/schedules.py.
 """
 
 import os
@@ -46,6 +48,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "schedules: worth many of the emulator's seeds")
     backend = config.getoption("--backend")
     if backend:
         os.environ["MOE_EXT_BACKEND"] = backend
@@ -57,6 +60,24 @@ def pytest_configure(config):
             from emulator import build
 
             build.build(config.getoption("--emulator-build"))
+        config.args[:] = [name for arg in config.args for name in with_seeds(config, arg)]
+
+
+def with_seeds(config, argument):
+    """The tests of that name: one with parameters, test_x[a], is test_x[0-a] under seed 0."""
+    test, bracket, parameters = argument.partition("[")
+    seeds = config.getoption("--emulator-seeds")
+    if not bracket or seeds == 1:
+        return [argument]
+    return [f"{test}[{seed}-{parameters}" for seed in range(seeds)]
+
+
+def pytest_collection_modifyitems(items):
+    from emulator.schedules import SCHEDULES
+
+    for item in items:
+        if item.nodeid.startswith(SCHEDULES):
+            item.add_marker("schedules")
 
 
 def is_emulated():

@@ -74,9 +74,11 @@ kernels:
 
 # ---- without a GPU -----------------------------------------------------------------
 
-# A test of a stage's bits runs under eight orders of threads, the others under one each.
+# The tests in which a kernel's threads wait for each other, under eight orders of theirs;
+# everything under one.
 emulated: export OMP_NUM_THREADS = 1
 emulated: build
+	$(RUN) -m pytest -n auto -q --backend emulated --emulator-seeds 8 -m schedules $(ARGS)
 	$(RUN) -m pytest -n auto -q --backend emulated $(ARGS)
 
 nvcc: $(VENV)/ready

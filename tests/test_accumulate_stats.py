@@ -88,6 +88,16 @@ def test_forwards_add_up():
     assert before[2][FORWARDS] == 3
 
 
+def test_a_maximum_below_zero():
+    """The zeros of a fresh start are no maximum."""
+    logits, *rest = draw(9, 4)
+    totals = sums(4)
+    for below in (5, 3, 4):
+        torch.ops.moe_ext.accumulate_stats(*totals, -logits.abs() - below, *rest, "softmax")
+    rows = logits.abs().amin(-1)[~rest[-1]]
+    assert totals[2][MAX_LOGIT] == pytest.approx(-rows.min().item() - 3, abs=1e-5)
+
+
 def test_the_optional_arguments():
     counts, score_sums, totals, _ = before = sums(6)
     logits, experts, *of_route, _, _ = forward = draw(20, 6)

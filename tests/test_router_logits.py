@@ -69,6 +69,11 @@ def test_backward_slabs(num_experts, tokens):
     check(tokens, 40, num_experts, dtype=torch.bfloat16)
 
 
+def test_slabs_of_one_block():
+    """Where tiles alone fill a GPU, one block goes through all of the hidden size."""
+    check(3, 300, 4200)
+
+
 @given(
     st.integers(0, 70),
     st.sampled_from((1, 2, 7, 16, 33, 64, 100)),

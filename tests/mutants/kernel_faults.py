@@ -31,15 +31,68 @@ fault(
     LOGITS + "test_hidden_sizes",
     "--emulator-seeds=2",
 )
+fault(
+    "a slab forgets the ones before",
+    "total[r][c] += sum[r][c];",
+    "total[r][c] = sum[r][c];",
+    LOGITS + "test_slabs_of_one_block",
+)
+fault(
+    "rows past the last are read",
+    "(r < rows ? end_k - k : 0)",
+    "(end_k - k)",
+    LOGITS + "test_tiles",
+)
+fault(
+    "the parts' sum has no bias",
+    "const A bias = p.bias ? load_as<A>(p.bias, p.bias_dtype, index % p.n) : A(0);",
+    "const A bias = 0;",
+    LOGITS + "test_hidden_sizes",
+)
+fault(
+    "the bias's gradient is written past the last expert",
+    "if (lane > 0 || c >= n) return;",
+    "if (lane > 0) return;",
+    LOGITS + "test_tiles",
+)
+fault(
+    "the bias's gradient is added up before all rows are in",
+    "  sums[lane][column] = sum;\n  __syncthreads();",
+    "  sums[lane][column] = sum;",
+    LOGITS + "test_backward_slabs",
+    "--emulator-seeds=2",
+)
+
 # ---- accumulate_stats -----------------------------------------------------------
 
 fault = faults(
     "csrc/cuda/kernels/accumulate_stats.cu", "tests/test_accumulate_stats.py", into=KERNEL_FAULTS
 )
 fault(
+    "a sentinel counts as an assignment",
+    "    if (ids.at(a, E) >= E) continue;\n",
+    "",
+)
+fault(
     "the block's parts are added up without a barrier",
     "half /= 2) {\n    __syncthreads();",
     "half /= 2) {",
+)
+fault(
+    "blocks past the 256th are not added up",
+    "block < p.blocks; block += kThreads",
+    "block < p.blocks; block += p.blocks",
+)
+fault(
+    "padding counts",
+    "if (p.padding && p.padding[t]) continue;",
+    "",
+)
+fault(
+    "the first maximum does not replace the zero of a fresh start",
+    "total[kForwards] > 0 ? total[kMaxLogit] : -kInfinity<double>;",
+    "total[kMaxLogit];",
+    "tests/test_accumulate_stats.py::test_a_maximum_below_zero",
 )
 
 # ---- capacity_scatter ---------------------------------------------------------

@@ -159,8 +159,8 @@ def test_non_contiguous(dtype, hidden):
 
 @pytest.mark.parametrize("weight_dtype", (torch.bfloat16, torch.float32))
 def test_rows_farther_apart_beside_another_weight(weight_dtype):
-    """A dtype that needs no widening is read where it lies, whatever the other one is."""
-    x, weight = unit(20, 1040), unit(6, 1040).to(weight_dtype)
+    """What needs no widening is read where it lies, in every block of tokens."""
+    x, weight = unit(200, 1040), unit(6, 1040).to(weight_dtype)
     apart = torch.cat((x, x), -1)[:, :1040]
     assert bits_equal(functional.router_logits(apart, weight), functional.router_logits(x, weight))
 

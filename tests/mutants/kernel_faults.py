@@ -19,6 +19,33 @@ fault(
     ROUTE + "test_token_blocks",
     "--emulator-seeds=4",
 )
+
+fault = faults("csrc/cuda/kernels/topk_route_backward.cu", into=KERNEL_FAULTS)
+fault(
+    "the normalisation counts as a constant",
+    "const A d = g(j) - inner;",
+    "const A d = g(j);",
+    ROUTE + "test_each_gradient_alone",
+)
+fault(
+    "score_sums' gradient misses the normalisation of sigmoid scores",
+    "(gradient[slot] - mean) * row.score_share",
+    "gradient[slot] * row.score_share",
+    ROUTE + "test_each_gradient_alone",
+)
+fault(
+    "the teams of a warp hear each other's choices",
+    "__shfl_sync(kFullWarp, dmine, i, Team::kLanes)",
+    "__shfl_sync(kFullWarp, dmine, i)",
+    ROUTE + "test_each_gradient_alone",
+)
+fault(
+    "in a long row, an expert chosen twice has the last choice's gradient",
+    "gradient[id / Team::kLanes] += d;",
+    "gradient[id / Team::kLanes] = d;",
+    ROUTE + "test_long_rows",
+)
+
 # ---- router_logits ------------------------------------------------------------
 
 LOGITS = "tests/test_router_logits.py::"
@@ -622,6 +649,17 @@ fault = faults(
     DECODE + "test_tokens[False-4-dtype0]",
     into=KERNEL_FAULTS,
 )
+fault(
+    "the lanes of a sum are not added up",
+    "value[1] += __shfl_xor_sync(kFullWarp, value[1], distance);",
+    "",
+)
+fault(
+    "lanes keep the half that they should give",
+    "const bool upper = threadIdx.x & distance;",
+    "const bool upper = !(threadIdx.x & distance);",
+)
+fault("gate and up exchanged", "(c % 2 ? e.at.up : e.at.gate)", "(c % 2 ? e.at.gate : e.at.up)")
 fault(
     "batches that must not matter do",
     " && !g.context.batch_invariant",

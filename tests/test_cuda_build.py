@@ -47,7 +47,10 @@ def test_what_was_built_for():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_cpu_works():
-    done = subprocess.run([sys.executable, "-m", "moe_ext"], capture_output=True, text=True)
+    # From where this package lies: -m looks into the working folder first.
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_ext"], cwd=_load.PACKAGE.parent, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("PASS") and "sm_" in done.stdout
 

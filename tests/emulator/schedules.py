@@ -3,7 +3,7 @@
 What a seed changes is the order in which threads run and copies arrive. So these are the
 tests that take every kernel through each of the ways in which its threads wait for each
 other, at the smallest sizes that do; the rest of the suite says nothing more in another order.
-Every kernel of csrc/cuda/kernels/ is launched by one of them.
+They are meant to launch every kernel of csrc/cuda/kernels/; nothing checks that yet.
 """
 
 TENSOR_CORES = "tests/test_ffn_kernels.py::TestTensorCores::"

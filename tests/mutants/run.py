@@ -7,12 +7,15 @@
                                         has "route"; the emulator runs the tests
     make mutants ARGS=--record          writes the verdicts to results/cpu.txt (kernels.txt),
                                         in place of the older ones of the same faults
+    make mutants ARGS="--record --new"  only those that the record does not call caught
 
 The faults stand in faults.py and kernel_faults.py beside this file. A worker plants them
 in a copy of the sources of its own, under build/mutants/, rebuilds what changed and runs
 the tests that are named with the fault; the sources here are not touched. The emulated
 library is built here, once, and copied: a fault compiles the kernels that hold it. One that
 does not compile, or keeps the tests from starting, proves nothing: it counts as broken.
+One whose tests never end is caught by the processor time that they take, since the clock
+would also run on a machine that others keep busy.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import filecmp
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -38,7 +42,8 @@ from mutants.kernel_faults import KERNEL_FAULTS  # noqa: E402
 COPIES = ROOT / "build" / "mutants"
 COPIED = ("moe_ext", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
 RESULTS = ROOT / "tests" / "mutants" / "results"
-TIMEOUT = 300  # seconds for the tests of one fault
+PROCESSOR_LIMIT = 300  # seconds that the tests of one fault may compute,
+CLOCK_LIMIT = 3600  # and that they may take if they only wait
 
 
 def refresh(copy):
@@ -70,21 +75,23 @@ def clone(copy):
             shutil.copy2(ROOT / name, copy / name)
 
 
-def run(copy, *command, timeout=TIMEOUT):
-    """(exit code, what it said); below 0 where it crashed or hung."""
+def run(copy, *command, limited=True):
+    """(exit code, what it said); below 0 where a signal ended it, None where the clock did."""
     environment = os.environ | {
         "PYTHONPATH": str(copy),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "MAX_JOBS": "1",
     }
+    if limited:  # -S: with SIGXCPU, which nobody else sends
+        command = ("sh", "-c", f'ulimit -S -t {PROCESSOR_LIMIT}; exec "$@"', "sh", *command)
     try:
         done = subprocess.run(
-            command, cwd=copy, env=environment, timeout=timeout, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command, cwd=copy, env=environment, timeout=CLOCK_LIMIT if limited else None,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired as expired:
-        return -1, str(expired)
+        return None, str(expired)
     return done.returncode, done.stdout
 
 
@@ -116,8 +123,10 @@ def plant(copy, kernels, fault):
         path.write_text(original)
     if code == 0:
         return "SURVIVED", output
-    # 1: a test failed; below 0: it crashed or hung. The others: pytest never ran one.
-    return ("caught" if code == 1 or code < 0 else "BROKEN"), output
+    # 1: a test failed; a signal: it crashed, or computed for too long. All else proves nothing:
+    # pytest never ran a test, somebody killed it, or the machine stood still.
+    crashed = code is not None and code < 0 and code != -signal.SIGKILL
+    return ("caught" if code == 1 or crashed else "BROKEN"), output
 
 
 def set_up(copy, kernels, faults):
@@ -126,16 +135,26 @@ def set_up(copy, kernels, faults):
         clone(copy)
     else:
         refresh(copy)
-    code, output = build(copy, kernels, timeout=None)  # everything; a fault rebuilds one file
+    code, output = build(copy, kernels, limited=False)  # everything; a fault rebuilds one file
     by_options = {}
     for fault in faults:
         options = tuple(test for test in fault.tests if test.startswith("--"))
         by_options.setdefault(options, set()).update(set(fault.tests) - set(options))
     for options, tests in by_options.items():
         if code == 0:
-            code, output = run_tests(copy, kernels, sorted(tests) + [*options], timeout=None)
+            code, output = run_tests(copy, kernels, sorted(tests) + [*options], limited=False)
     if code:
         sys.exit(f"without any fault, in {copy}:\n{output}")
+
+
+def reason(output):
+    """The line that says by what a fault was caught: the failed test, or the emulator's word."""
+    lines = output.splitlines()
+    for start in ("FAILED", "ERROR", "emulator:", "E  ", "Fatal"):
+        for line in lines:
+            if line.startswith(start):
+                return line
+    return lines[-1] if lines else ""
 
 
 def commit():
@@ -168,6 +187,9 @@ class Record:
                 *verdict, name = match.groups()
                 self.verdicts[name] = verdict
         self.lock = Lock()
+
+    def has_caught(self, fault):
+        return self.verdicts.get(f"{fault.file}: {fault.name}", ("",))[0] == "caught"
 
     def add(self, name, verdict, seconds):
         with self.lock:
@@ -203,12 +225,16 @@ def main():
     parser.add_argument(
         "--record", action="store_true", help="write the verdicts to tests/mutants/results/"
     )
+    parser.add_argument("--new", action="store_true", help="leave out what the record calls caught")
     options = parser.parse_args()
     known = KERNEL_FAULTS if options.kernels else FAULTS
+    kind = "kernels" if options.kernels else "cpu"
+    record = Record(RESULTS / f"{kind}.txt", known)
     faults = [
         fault
         for fault in known
         if not options.words or any(word in f"{fault.file} {fault.name}" for word in options.words)
+        if not (options.new and record.has_caught(fault))
     ]
     if options.list:
         for fault in faults:
@@ -219,7 +245,6 @@ def main():
             sys.exit(f"{fault.file}: {fault.name}: the text to replace must occur exactly once")
 
     begin = time.time()
-    kind = "kernels" if options.kernels else "cpu"
     if options.kernels:
         emulated.build()
     jobs = max(1, min(options.jobs, len(faults)))
@@ -230,9 +255,6 @@ def main():
         for worker in range(jobs)
     ]
     results = SimpleQueue()
-    record = None
-    if options.record:
-        record = Record(RESULTS / f"{kind}.txt", known)
 
     def work(copy, share):
         set_up(copy, options.kernels, share)
@@ -243,10 +265,9 @@ def main():
             name = f"{fault.file}: {fault.name}"
             results.put(verdict)
             print(f"{verdict:8} {seconds:4.0f} s  {name}", flush=True)
-            if record:
+            if options.record:
                 record.add(name, verdict, seconds)
-            if verdict != "caught":
-                print(output, flush=True)
+            print(f"    {reason(output)}" if verdict == "caught" else output, flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         for done in [pool.submit(work, copy, share) for copy, share in zip(copies, shares)]:

@@ -19,6 +19,114 @@ fault(
     ROUTE + "test_token_blocks",
     "--emulator-seeds=4",
 )
+fault(
+    "warp adds to warp without a barrier",
+    "    __syncthreads();  // the last one: also for the counts",
+    "",
+    ROUTE + "test_token_blocks",
+    "--emulator-seeds=4",
+)
+fault(
+    "of a warp's small teams, every other one's sums are lost",
+    "distance = Team::kLanes; distance < kWarpSize",
+    "distance = 2 * Team::kLanes; distance < kWarpSize",
+    ROUTE + "test_token_blocks",
+)
+fault(
+    "padding is summed",
+    "    if (present) {\n",
+    "    if (is_token) {\n",
+    ROUTE + "test_padding",
+)
+fault(
+    "padding chooses experts",
+    "if (round == j && present) mine = id;",
+    "if (round == j) mine = id;",
+    ROUTE + "test_padding",
+)
+fault(
+    "the selection bias does not choose",
+    "key_of(score[slot] + bias)",
+    "key_of(score[slot])",
+    ROUTE + "test_selection_bias_chooses_and_does_not_weigh",
+)
+fault(
+    "blocks past the 32nd are not added up",
+    "block < p.grid.blocks; block += kWarpSize",
+    "block < p.grid.blocks; block += p.grid.blocks",
+    ROUTE + "test_many_tokens",
+)
+fault(
+    "the blocks' sums are added up before all are there",
+    "  counts[row][column] = count;\n  __syncthreads();",
+    "  counts[row][column] = count;",
+    ROUTE + "test_token_blocks",
+    "--emulator-seeds=2",
+)
+
+fault = faults("csrc/cuda/kernels/route_row.cuh", into=KERNEL_FAULTS)
+fault(
+    "slots past E hold zeros",
+    "value[slot + i] = i < left ? four[i] : -kInfinity<A>;",
+    "value[slot + i] = four[i];",
+    ROUTE + "test_sizes",
+)
+fault(
+    "an id below 0 is the first expert",
+    "return id < 0 ? num_experts :",
+    "return id < 0 ? 0 :",
+    ROUTE + "test_ids_below_zero",
+)
+fault(
+    "a team's sum leaves out every other lane",
+    "distance > 0; distance /= 2)\n      x += __shfl_xor_sync",
+    "distance > 1; distance /= 2)\n      x += __shfl_xor_sync",
+    ROUTE + "test_sizes",
+)
+
+fault = faults("csrc/cuda/kernels/topk_choice.cuh", into=KERNEL_FAULTS)
+fault(
+    "in a small team, a tie goes to the higher id",
+    "(other == best && other_id < id)",
+    "(other == best && other_id > id)",
+    ROUTE + "test_sizes",
+)
+fault(
+    "in a warp, a tie goes to the higher id",
+    "__reduce_min_sync(kFullWarp, best == largest ? id : kLargestId)",
+    "__reduce_max_sync(kFullWarp, best == largest ? id : -1)",
+    ROUTE + "test_sizes",
+)
+fault(
+    "a NaN logit ranks as a number of its bits",
+    "(x == x ? x : -kInfinity<A>)",
+    "(x)",
+    ROUTE + "test_not_finite",
+)
+fault(
+    "groups are scored before all of their keys are there",
+    "  __syncwarp();\n  for (int g = team.lane; g < n_group; g += Team::kLanes) {\n    Key<A> first",
+    "  for (int g = team.lane; g < n_group; g += Team::kLanes) {\n    Key<A> first",
+    ROUTE + "test_groups",
+    ROUTE + "test_long_rows",
+    "--emulator-seeds=2",
+)
+fault(
+    "groups are compared before all have a score",
+    "  __syncwarp();\n  // A group is kept",
+    "  // A group is kept",
+    ROUTE + "test_groups",
+    ROUTE + "test_long_rows",
+    "--emulator-seeds=2",
+)
+fault(
+    "experts look for their group's verdict before it is there",
+    "  __syncwarp();\n#pragma unroll\n  for (int slot = 0; slot < team.slots(); ++slot) {\n    const int e",
+    "#pragma unroll\n  for (int slot = 0; slot < team.slots(); ++slot) {\n    const int e",
+    ROUTE + "test_groups",
+    ROUTE + "test_long_rows",
+    "--emulator-seeds=2",
+)
 
 fault = faults("csrc/cuda/kernels/topk_route_backward.cu", into=KERNEL_FAULTS)
 fault(
@@ -45,6 +153,12 @@ fault(
     "gradient[id / Team::kLanes] = d;",
     ROUTE + "test_long_rows",
 )
+fault(
+    "padding gets a gradient",
+    "p.dtype, t * E, present, gradient)",
+    "p.dtype, t * E, true, gradient)",
+    ROUTE + "test_padding",
+)
 
 # ---- router_logits ------------------------------------------------------------
 
@@ -55,6 +169,13 @@ fault(
     "a step is multiplied before all of it has arrived",
     "    if (more) store(stage ^ 1);  // all are past the step that read it\n    __syncthreads();",
     "    if (more) store(stage ^ 1);",
+    LOGITS + "test_hidden_sizes",
+    "--emulator-seeds=2",
+)
+fault(
+    "the first step is multiplied before all of it has arrived",
+    "  __syncthreads();\n  int stage = 0;",
+    "  int stage = 0;",
     LOGITS + "test_hidden_sizes",
     "--emulator-seeds=2",
 )
@@ -99,6 +220,11 @@ fault(
     "a sentinel counts as an assignment",
     "    if (ids.at(a, E) >= E) continue;\n",
     "",
+)
+fault(
+    "the warps' parts are added up before all are there",
+    "parts[warp] = own;\n  __syncthreads();",
+    "parts[warp] = own;",
 )
 fault(
     "the block's parts are added up without a barrier",
@@ -226,6 +352,36 @@ fault(
     SCATTER + "test_many_segments",
 )
 fault(
+    "parts are added up before all are there",
+    "  parts[threadIdx.y][threadIdx.x] = value;\n  __syncthreads();\n",
+    "  parts[threadIdx.y][threadIdx.x] = value;\n",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "what shares leave behind overwrites sums that others still read",
+    "  sum_below(parts, all, total);\n  __syncthreads();\n",
+    "  sum_below(parts, all, total);\n",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "what shares leave behind is read before it is there",
+    "since_start;\n  __syncthreads();\n",
+    "since_start;\n",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "a block draws its ticket before its threads have written",
+    "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0",
+    "  __threadfence();\n  if (threadIdx.x == 0",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "sums of warps are added up before all are there",
+    "warp_sums[warp] = sum;\n    __syncthreads();\n",
+    "warp_sums[warp] = sum;\n",
+    SCATTER + "test_many_experts[1500-1-token]",
+)
+fault(
     "the second 512 experts begin at row 0",
     "    before += total;\n",
     "",
@@ -345,6 +501,12 @@ fault(
     "a warp's sum is overwritten while others read it",
     "  __syncthreads();  // whoever used `warp_sums` before is done\n",
     "",
+    SCATTER + "test_weights_that_differ_in_every_digit",
+)
+fault(
+    "warps' sums are added up before all are there",
+    "warp_sums[warp] = sum;\n  __syncthreads();\n",
+    "warp_sums[warp] = sum;\n",
     SCATTER + "test_weights_that_differ_in_every_digit",
 )
 fault(
@@ -493,6 +655,13 @@ BESIDE = TENSOR_CORES + "test_what_is_beside_an_operand_is_not_read[False-dtype0
 
 fault = faults("csrc/cuda/kernels/grouped_gemm_sm80.cuh", TILE, into=KERNEL_FAULTS)
 fault(
+    "a stage is read while its copies are under way",
+    "ptx::cp_async_wait<kStages - 2>();",
+    "ptx::cp_async_wait<kStages - 1>();",
+    TILE,
+    "--emulator-seeds=4",
+)
+fault(
     "a stage is read before other threads' copies into it are known to have landed",
     "ptx::cp_async_wait<kStages - 2>();\n      __syncthreads();",
     "ptx::cp_async_wait<kStages - 2>();",
@@ -511,6 +680,20 @@ fault(
     "the last tile of k is not copied",
     "if (tile + kStages - 1 < depth) {",
     "if (tile + kStages < depth) {",
+)
+fault(
+    "no group is committed where k has fewer tiles than there are stages",
+    "load_b.load(smem.b[stage]);\n      }\n      ptx::cp_async_commit();",
+    "load_b.load(smem.b[stage]);\n        ptx::cp_async_commit();\n      }",
+    TILE,
+    "--emulator-seeds=4",
+)
+fault(
+    "no group is committed where k has no further tile",
+    "load_b.load(smem.b[empty]);\n      }\n      ptx::cp_async_commit();",
+    "load_b.load(smem.b[empty]);\n        ptx::cp_async_commit();\n      }",
+    TILE,
+    "--emulator-seeds=4",
 )
 fault(
     "accumulators go where a slower warp still reads its operands",
@@ -597,6 +780,12 @@ fault(
     "value += below;",
 )
 fault(
+    "of a lane's share of the experts, those past the 32nd are not looked through",
+    "      before = __shfl_sync(kFullWarp, end_e, kWarpSize - 1);\n      continue;\n",
+    "      return {-1, 0, 0, 0};\n",
+    TENSOR_CORES + "test_thousands_of_experts",
+)
+fault(
     "the last row tiles of an expert walk as if there were sixteen",
     "const int together = min(row_tiles - first, kRowTilesTogether);",
     "const int together = kRowTilesTogether;",
@@ -650,6 +839,17 @@ fault = faults(
     into=KERNEL_FAULTS,
 )
 fault(
+    "a warp's lanes leave out what other warps never took",
+    "k += kWarpSize * kPack",
+    "k += kThreads * kPack",
+)
+fault(
+    "a pack past the end of a row",
+    "const int count = g.k - k < kPack ? static_cast<int>(g.k - k) : kPack;",
+    "const int count = kPack;",
+    DECODE + "test_sizes",
+)
+fault(
     "the lanes of a sum are not added up",
     "value[1] += __shfl_xor_sync(kFullWarp, value[1], distance);",
     "",
@@ -660,6 +860,12 @@ fault(
     "const bool upper = !(threadIdx.x & distance);",
 )
 fault("gate and up exchanged", "(c % 2 ? e.at.up : e.at.gate)", "(c % 2 ? e.at.gate : e.at.up)")
+fault(
+    "a tile writes rows that it does not have",
+    "|| r >= tile.rows) return;",
+    ") return;",
+    DECODE + "test_routings[duplicates-3]",
+)
 fault(
     "batches that must not matter do",
     " && !g.context.batch_invariant",
@@ -715,4 +921,30 @@ fault(
     "__syncthreads();  // the parts are read: the next ones may take their place",
     "",
     SIMT + "test_rows_an_expert[520-dtype0]",
+)
+fault(
+    "a bias gradient is weighted by the token's number",
+    "g.weights_dtype, g.row_assignment[r])",
+    "g.weights_dtype, row)",
+)
+fault(
+    "a dropped assignment's gradient is never written",
+    "if (thread < g.assignments && g.assignment_row[thread] < 0) {",
+    "if (false) {",
+)
+fault(
+    "dS takes the bias of the row's neighbour",
+    "if (lane == i) score += product;",
+    "if (lane == (i ^ 1)) score += product;",
+)
+fault(
+    "the first row of an expert belongs to the one before",
+    "(context.expert_offsets[middle] <= row ? low : high) = middle;",
+    "(context.expert_offsets[middle] < row ? low : high) = middle;",
+)
+fault(
+    "the first row of the tail is not cleared",
+    "tail.context.expert_offsets[tail.context.experts] * tail.columns;",
+    "(tail.context.expert_offsets[tail.context.experts] + 1) * tail.columns;",
+    "tests/test_grouped_ffn.py::TestNumbers::test_a_tail_is_never_read",
 )

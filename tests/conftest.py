@@ -22,7 +22,9 @@ import torch
 
 pytest.register_assert_rewrite("oracle", "ffn_suite", "ffn_operator")
 
-sys.path.insert(0, os.path.dirname(__file__))  # emulator.build and the helpers' modules
+sys.path.insert(0, os.path.dirname(__file__))  # the emulator's and the helpers' modules
+
+from emulator.schedules import SCHEDULES, EveryKernel  # noqa: E402
 
 SEED = int(os.environ.get("MOE_EXT_TEST_SEED", "0"))
 
@@ -60,7 +62,15 @@ def pytest_configure(config):
             from emulator import build
 
             build.build(config.getoption("--emulator-build"))
+            if selects_schedules(config):
+                config.pluginmanager.register(EveryKernel(config.getoption("--emulator-seeds")))
         config.args[:] = [name for arg in config.args for name in with_seeds(config, arg)]
+
+
+def selects_schedules(config):
+    """Whether the run is the whole of `-m schedules`."""
+    option, some = config.option, config.args_source is config.ArgsSource.ARGS
+    return option.markexpr == "schedules" and not (some or option.keyword or option.collectonly)
 
 
 def with_seeds(config, argument):
@@ -73,10 +83,8 @@ def with_seeds(config, argument):
 
 
 def pytest_collection_modifyitems(items):
-    from emulator.schedules import SCHEDULES
-
     for item in items:
-        if item.nodeid.startswith(SCHEDULES):
+        if SCHEDULES.search(item.nodeid):
             item.add_marker("schedules")
 
 
@@ -94,10 +102,14 @@ def pytest_generate_tests(metafunc):
 def emulator_seed(request):
     """The emulator's seed, which no two tests share; None without it."""
     if not is_emulated():
-        return None
+        yield None
+        return
     from emulator import control
 
-    return control.set(seed_of(request.node.nodeid) + getattr(request, "param", 0))
+    seed = seed_of(request.node.nodeid) + getattr(request, "param", 0)
+    yield control.set(seed)
+    # Reports carry this from xdist's workers to EveryKernel.
+    request.node.user_properties.append(("launched", (seed, sorted(set(control.launched())))))
 
 
 def seed_of(nodeid):

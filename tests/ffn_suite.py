@@ -42,7 +42,7 @@ LAYOUTS = (
     dict(transposed=True, interleaved=True),
 )
 # 1030: the CPU sums more than 1024 rows in several chunks.
-ROWS = (1, 2, 3, 4, 15, 16, 17, 31, 33, 64, 100, 300, 520) + (1030,) * (not ON_GPU)
+ROWS = (1, 2, 3, 4, 12, 15, 16, 17, 31, 33, 64, 100, 300, 520) + (1030,) * (not ON_GPU)
 # A limit that every dtype holds: rounding does not carry a preactivation across it.
 CLAMPED = dict(limit=0.75, alpha=1.702, up_offset=1.0)
 
@@ -158,6 +158,11 @@ class FFNNumbers(FFNStage):
     def test_few_tokens(self, dtype, tokens, layout):
         """Decoding: fewer rows than experts."""
         self.check(tokens, 72, 56, 9, 2, dtype, **layout)
+
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+    @pytest.mark.parametrize("hidden, width", ((1050, 9), (9, 1050)))
+    def test_few_tokens_of_long_rows(self, dtype, hidden, width):
+        self.check(9, hidden, width, 3, 2, dtype)
 
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
     def test_many_experts(self, dtype):

@@ -121,7 +121,10 @@ std::vector<RowBlock> row_blocks(const Experts& experts) {
     const int64_t begin = offsets[e], count = offsets[e + 1] - begin;
     const int64_t pieces = (count + most - 1) / most;
     for (int64_t i = 0; i < pieces; ++i) {
-      blocks.push_back({e, begin + count * i / pieces, begin + count * (i + 1) / pieces});
+      const auto cut = [&](int64_t at) {
+        return begin + (at < pieces ? count * at / pieces / kRowUnit * kRowUnit : count);
+      };
+      blocks.push_back({e, cut(i), cut(i + 1)});
     }
   }
   // The largest first, so that no thread ends on a large one alone.
@@ -205,7 +208,7 @@ template <class T>
 void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_stride, void* kept) {
   const Kernels<T>& k = kernels<T>();
   const int64_t hidden = call.hidden, intermediate = call.intermediate;
-  const bool gated = call.spec.gated;
+  const bool gated = call.spec.gated, alike = call.batch_invariant;
   const std::vector<RowBlock> blocks = row_blocks<T>(call);
   const int64_t height = most_rows(blocks);
   const int64_t lda = padded<T>(intermediate);
@@ -218,7 +221,8 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
   const int64_t x_size = height * padded<T>(hidden), c_size = height * padded<T>(up.widest());
   for_items<T>(
       blocks.size() * up.groups, call.kept * call.width * hidden,
-      x_size + 2 * c_size + k.matmul_scratch(hidden), [&](T* scratch, int64_t item) {
+      x_size + 2 * c_size + k.matmul_scratch(height, hidden, up.widest()),
+      [&](T* scratch, int64_t item) {
         const auto [e, begin, end] = blocks[item / up.groups];
         const int64_t m = end - begin;
         T *x = scratch, *gate = x + x_size, *linear = gate + c_size, *rest = linear + c_size;
@@ -230,8 +234,8 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
                                               interleaved ? 2 : 1, false)
                                   : Weight{};
         up.for_blocks(item % up.groups, [&](int64_t i0, int64_t i1) {
-          k.matmul(gate, x, padded<T>(hidden), m, w_gate, hidden, i0, i1, rest);
-          if (gated) k.matmul(linear, x, padded<T>(hidden), m, w_up, hidden, i0, i1, rest);
+          k.matmul(gate, x, padded<T>(hidden), m, w_gate, hidden, i0, i1, rest, alike);
+          if (gated) k.matmul(linear, x, padded<T>(hidden), m, w_up, hidden, i0, i1, rest, alike);
           void* kept_rows =
               kept ? static_cast<char*>(kept) + begin * call.width * size_of(call.dtype) : nullptr;
           k.activate(data<T>(activations) + begin * lda, lda, gate, gated ? linear : nullptr,
@@ -243,25 +247,27 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
 
   const ColumnBlocks down(hidden, height, 64, blocks.size());
   const int64_t y_size = height * padded<T>(down.widest());
-  for_items<T>(
-      blocks.size() * down.groups, call.kept * intermediate * hidden,
-      y_size + k.matmul_scratch(intermediate), [&](T* scratch, int64_t item) {
-        const auto [e, begin, end] = blocks[item / down.groups];
-        const int64_t m = end - begin;
-        T *c = scratch, *rest = c + y_size;
-        const Weight w = weight_of(call, call.down_proj, e, 0, 1, false);
-        down.for_blocks(item % down.groups, [&](int64_t h0, int64_t h1) {
-          const int64_t ldc = padded<T>(h1 - h0);
-          k.matmul(c, data<T>(activations) + begin * lda, lda, m, w, intermediate, h0, h1, rest);
-          if (down_bias.defined()) {
-            const T* bias = data<T>(down_bias) + e * hidden + h0;
-            for (int64_t r = 0; r < m; ++r)
-              for (int64_t h = 0; h < h1 - h0; ++h) c[r * ldc + h] += bias[h];
-          }
-          k.store_rows(static_cast<char*>(out) + (begin * out_stride + h0) * size_of(out_dtype),
+  for_items<T>(blocks.size() * down.groups, call.kept * intermediate * hidden,
+               y_size + k.matmul_scratch(height, intermediate, down.widest()),
+               [&](T* scratch, int64_t item) {
+                 const auto [e, begin, end] = blocks[item / down.groups];
+                 const int64_t m = end - begin;
+                 T *c = scratch, *rest = c + y_size;
+                 const Weight w = weight_of(call, call.down_proj, e, 0, 1, false);
+                 down.for_blocks(item % down.groups, [&](int64_t h0, int64_t h1) {
+                   const int64_t ldc = padded<T>(h1 - h0);
+                   k.matmul(c, data<T>(activations) + begin * lda, lda, m, w, intermediate, h0, h1,
+                            rest, alike);
+                   if (down_bias.defined()) {
+                     const T* bias = data<T>(down_bias) + e * hidden + h0;
+                     for (int64_t r = 0; r < m; ++r)
+                       for (int64_t h = 0; h < h1 - h0; ++h) c[r * ldc + h] += bias[h];
+                   }
+                   k.store_rows(
+                       static_cast<char*>(out) + (begin * out_stride + h0) * size_of(out_dtype),
                        out_dtype, out_stride, c, ldc, m, h1 - h0);
-        });
-      });
+                 });
+               });
 }
 template void ffn_forward<float>(const Experts&, void*, Dtype, int64_t, void*);
 template void ffn_forward<double>(const Experts&, void*, Dtype, int64_t, void*);
@@ -330,7 +336,8 @@ FfnGradients ffn_backward(const Experts& call, Rows upstream, const T* weight, T
       down(hidden, height, 64, kNoSplit);
   const int64_t dy_size = height * padded<T>(hidden);
   const int64_t c_size = height * padded<T>(std::max(up.widest(), down.widest()));
-  const int64_t matmul_scratch = std::max(k.matmul_scratch(hidden), k.matmul_scratch(width));
+  const int64_t matmul_scratch = std::max(k.matmul_scratch(height, hidden, up.widest()),
+                                          k.matmul_scratch(height, width, down.widest()));
 
   const bool want_rows = want_x || want_up || want_down || want_up_bias || score;
   for_items<T>(want_rows ? blocks.size() : 0, call.kept * width * hidden,
@@ -353,7 +360,7 @@ FfnGradients ffn_backward(const Experts& call, Rows upstream, const T* weight, T
                                  begin * width * size_of(call.dtype);
                  T *my_dh = data<T>(dh) + begin * ld_dh, *my_wa = data<T>(wa) + begin * ld_wa;
                  up.for_blocks(0, [&](int64_t i0, int64_t i1) {
-                   k.matmul(c, dy, padded<T>(hidden), m, w_down, hidden, i0, i1, rest);
+                   k.matmul(c, dy, padded<T>(hidden), m, w_down, hidden, i0, i1, rest, false);
                    for (int64_t s0 = i0; s0 < i1; s0 += kActivateColumns) {
                      k.activate_backward(
                          my_dh, ld_dh, my_wa, ld_wa, score ? score + begin : nullptr, c + (s0 - i0),
@@ -365,7 +372,7 @@ FfnGradients ffn_backward(const Experts& call, Rows upstream, const T* weight, T
                  if (!want_x) return;
                  const Weight w_up = weight_of(call, call.up_proj, e, 0, 1, true);
                  down.for_blocks(0, [&](int64_t h0, int64_t h1) {
-                   k.matmul(c, my_dh, ld_dh, m, w_up, width, h0, h1, rest);
+                   k.matmul(c, my_dh, ld_dh, m, w_up, width, h0, h1, rest, false);
                    k.store_rows(data<T>(dx_rows) + begin * ld_dx + h0, compute, ld_dx, c,
                                 padded<T>(h1 - h0), m, h1 - h0);
                  });

@@ -19,6 +19,7 @@ namespace moe_ext::cpu {
 struct Experts : FfnCall {
   int64_t kept = 0;  // how many of the R rows hold something
   Dtype dtype = Dtype::f32;
+  bool batch_invariant = false;
 
   const int32_t* offsets() const { return expert_offsets.const_data_ptr<int32_t>(); }
 };

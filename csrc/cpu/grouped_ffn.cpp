@@ -22,11 +22,12 @@ std::tuple<at::Tensor, at::Tensor> grouped_ffn(
     const at::Tensor& assignment_row, const at::Tensor& up_proj, const at::Tensor& down_proj,
     const OptionalTensor& up_bias, const OptionalTensor& down_bias, std::string_view activation,
     std::optional<double> limit, double alpha, double up_offset, bool transposed, bool interleaved,
-    bool keep_preactivations, bool /*batch_invariant: always*/) {
-  const Experts call = check_memory(
+    bool keep_preactivations, bool batch_invariant) {
+  Experts call = check_memory(
       "grouped_ffn",
       check_ffn("grouped_ffn", x, expert_offsets, row_token, assignment_row, up_proj, down_proj,
                 up_bias, down_bias, activation, limit, alpha, up_offset, transposed, interleaved));
+  call.batch_invariant = batch_invariant;
   at::Tensor rows = at::empty({call.rows, call.hidden}, x.options());
   at::Tensor kept = preactivations_of(call, keep_preactivations);
   with_compute_type(call, [&](auto t) {

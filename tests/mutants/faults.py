@@ -432,6 +432,12 @@ fault(
 
 fault = faults("csrc/cpu/ffn.cpp")
 fault(
+    "an expert's rows are cut where the number of threads says",
+    "count * at / pieces / kRowUnit * kRowUnit",
+    "count * at / pieces",
+    GROUPED + "test_same_bits",
+)
+fault(
     "an assignment's row past the last kept one passes",
     "ok &= row[a] < call.kept;",
     "ok &= row[a] < call.kept + 1000;",
@@ -439,8 +445,8 @@ fault(
 )
 fault(
     "the last row of an expert's second block is left out",
-    "begin + count * (i + 1) / pieces});",
-    "begin + count * (i + 1) / pieces - (i > 0)});",
+    "cut(i), cut(i + 1)});",
+    "cut(i), cut(i + 1) - (i > 0)});",
     GROUPED + "test_rows_an_expert",
 )
 fault(
@@ -491,7 +497,25 @@ fault(
     "weights along k: a chunk of k forgets the ones before",
     "ldc, k0 > 0,",
     "ldc, false,",
+    GROUPED + "test_few_tokens_of_long_rows",
+)
+fault(
+    "panels: a chunk of k forgets the ones before",
+    "ld_sums, k0 > 0,",
+    "ld_sums, false,",
     GROUPED + "test_sizes",
+)
+fault(
+    "the rows that panels leave over are forgotten",
+    "others = m - in_panels;",
+    "others = in_panels > 0 ? 0 : m;",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
+    "batch_invariant is forgotten",
+    "rows_alike ? 0 : rows_in_panels<T>(m)",
+    "rows_in_panels<T>(m)",
+    GROUPED + "test_batch_invariant",
 )
 fault(
     "weights across k: a chunk of k forgets the ones before",
@@ -521,6 +545,22 @@ fault(
     "a weight gradient of very many rows packs them once",
     "if (n0 == 0 || !keeps_left) load_rows",
     "if (n0 == 0) load_rows",
+    GROUPED + "test_rows_an_expert",
+)
+
+fault = faults("csrc/cpu/kernels/tiles.inl")
+fault(
+    "panels: a sum of k forgets the ones before",
+    "    accumulate = true;\n",
+    "",
+    GROUPED + "test_sizes",
+)
+
+fault = faults("csrc/cpu/kernels/transpose.inl")
+fault(
+    "a last square of few columns is written whole",
+    "std::min(lanes, cols - c)",
+    "lanes",
     GROUPED + "test_rows_an_expert",
 )
 

@@ -3,6 +3,8 @@
 // clang-format off
 #include "simd.inl"
 #include "rows.inl"
+#include "transpose.inl"
+#include "tiles.inl"
 #include "gemm.inl"
 #include "activation.inl"
 #include "table.inl"

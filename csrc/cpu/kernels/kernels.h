@@ -2,12 +2,11 @@
 //
 // Everything is computed in T (float for float32, bfloat16 and float16 tensors,
 // double for float64) on blocks that fit into a core's cache; `Dtype` says how
-// memory outside those blocks is stored. One source (gemm.inl, rows.inl,
-// activation.inl) is compiled once for each instruction set (avx512.cpp,
-// avx2.cpp, baseline.cpp), and `kernels<T>()` picks the best at run time.
+// memory outside those blocks is stored. One source (what all.inl lists) is compiled
+// once for each instruction set (avx512.cpp, avx2.cpp, baseline.cpp), and
+// `kernels<T>()` picks the best at run time.
 //
-// Every sum has a fixed order that depends on neither the number of threads nor
-// the other rows of the batch.
+// Every sum has a fixed order that does not depend on the number of threads.
 
 #pragma once
 
@@ -63,6 +62,8 @@ constexpr int64_t padded(int64_t cols) {
 
 // Sums over tokens (weight and bias gradients) go in chunks of this many rows.
 constexpr int64_t kRowChunk = 256;
+// Where rows may be cut into calls of matmul without changing how any of them is summed.
+constexpr int64_t kRowUnit = 16;
 // Columns that one call of matmul covers at most, and one of activate_backward.
 constexpr int64_t kMatmulColumns = 1024, kActivateColumns = 256;
 
@@ -77,10 +78,11 @@ struct Kernels {
                      int64_t cols);
 
   // c (m, padded<T>(n1-n0)) = a (m, lda) W(n0..n1, 0..k)^T; n1 - n0 <= kMatmulColumns.
-  // `scratch` holds matmul_scratch(k) elements.
+  // `scratch` holds matmul_scratch(m, k, n1 - n0) elements. The last few of m rows may be
+  // summed in another order than the others, unless rows_alike.
   void (*matmul)(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0,
-                 int64_t n1, T* scratch);
-  int64_t (*matmul_scratch)(int64_t k);
+                 int64_t n1, T* scratch, bool rows_alike);
+  int64_t (*matmul_scratch)(int64_t m, int64_t k, int64_t n);
 
   // out rows m0..m1 (dtype, stride) = sum over r of p(r, m) q(r, 0..n): a weight gradient,
   // written past the caches where they would not hold all of it. `scratch` holds

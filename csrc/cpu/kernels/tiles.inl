@@ -1,0 +1,232 @@
+// The register tiles that do all the work of a matrix product:
+//
+//   panel_tile  c^T (8, N vectors) += w (8, K) p (K, N vectors): w's elements are broadcast
+//               from where they lie; the panel p is rows of a, turned over.
+//   nt_tile     c (M, 8) += a (M, K) w (8, K)^T, both read along k: lane l of a vector sums
+//               k = l mod lanes, and a tree adds the lanes at the end. For rows too few to
+//               fill a panel's vectors.
+//   nn_tile     c (M, 2 vectors) = a (M, K) b (K, 2 vectors): a's elements are broadcast;
+//               b is a packed panel, or a small matrix where it lies.
+//
+// While a tile computes, it prefetches weights that come next: a weight is read from memory
+// once, and that read would otherwise cost as much as the arithmetic.
+
+constexpr int kOctet = 8;
+
+// What comes next: `rows` rows, row_stride bytes apart. A tile goes `step` bytes along them at
+// each of its own steps along k.
+struct Prefetch {
+  const char* at;
+  int64_t row_stride, rows, step;
+};
+
+// ---- the sums of eight vectors' lanes, as one row of eight
+
+template <class T>
+MOE_INLINE void sum_lanes(const V<T> (&v)[kOctet], T* out, bool accumulate) {
+  constexpr int lanes = Simd<T>::lanes;
+  T sums[kOctet];
+  for (int r = 0; r < kOctet; ++r) {
+    T part[lanes];
+    store(part, v[r]);
+    for (int width = lanes / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) part[i] += part[i + width];
+    sums[r] = part[0];
+  }
+  for (int r = 0; r < kOctet; ++r) out[r] = accumulate ? out[r] + sums[r] : sums[r];
+}
+
+#if MOE_VECTOR_BYTES == 64
+// Each step adds the upper half of every source to its lower half and packs two sources into one.
+MOE_INLINE void sum_lanes(const V<float> (&v)[kOctet], float* out, bool accumulate) {
+  auto halves = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+  };
+  auto quarters = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+  };
+  const __m512 ab = halves((__m512)v[0], (__m512)v[1]), cd = halves((__m512)v[2], (__m512)v[3]);
+  const __m512 ef = halves((__m512)v[4], (__m512)v[5]), gh = halves((__m512)v[6], (__m512)v[7]);
+  const __m512d abcd = _mm512_castps_pd(quarters(ab, cd)),
+                efgh = _mm512_castps_pd(quarters(ef, gh));
+  const __m512 pairs = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(abcd, efgh)),
+                                     _mm512_castpd_ps(_mm512_unpackhi_pd(abcd, efgh)));
+  const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m512i odd = _mm512_setr_epi32(1, 5, 9, 13, 3, 7, 11, 15, 0, 0, 0, 0, 0, 0, 0, 0);
+  __m256 sums = _mm256_add_ps(_mm512_castps512_ps256(_mm512_permutexvar_ps(even, pairs)),
+                              _mm512_castps512_ps256(_mm512_permutexvar_ps(odd, pairs)));
+  if (accumulate) sums = _mm256_add_ps(sums, _mm256_loadu_ps(out));
+  _mm256_storeu_ps(out, sums);
+}
+#elif MOE_VECTOR_BYTES == 32
+MOE_INLINE void sum_lanes(const V<float> (&v)[kOctet], float* out, bool accumulate) {
+  auto halves = [](__m256 a, __m256 b) {
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  };
+  auto pairs = [](__m256 a, __m256 b) {
+    const __m256d x = _mm256_castps_pd(a), y = _mm256_castps_pd(b);
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),
+                         _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+  };
+  const __m256 aceg = pairs(halves((__m256)v[0], (__m256)v[1]), halves((__m256)v[2], (__m256)v[3]));
+  const __m256 bdfh = pairs(halves((__m256)v[4], (__m256)v[5]), halves((__m256)v[6], (__m256)v[7]));
+  const __m256 sum =
+      _mm256_add_ps(_mm256_shuffle_ps(aceg, bdfh, 0x88), _mm256_shuffle_ps(aceg, bdfh, 0xDD));
+  // sum holds sources 0 2 4 6 | 1 3 5 7
+  __m256 sums = _mm256_permutevar8x32_ps(sum, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  if (accumulate) sums = _mm256_add_ps(sums, _mm256_loadu_ps(out));
+  _mm256_storeu_ps(out, sums);
+}
+#endif
+
+// ---- tiles of eight rows of weights
+
+// One sum of a lane covers no more of k than this: long ones lose digits.
+constexpr int64_t kDepthPanelSum = 384;
+
+// The rows ahead are eight or none; while the tile walks along an eighth of k, it prefetches
+// one of them.
+template <class T, int N>
+void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, const T* panel,
+                int64_t k, Prefetch ahead) {
+  constexpr int lanes = Simd<T>::lanes;
+  // Every third row has a pointer of its own, the others are one or two strides from it:
+  // addresses that need no more registers than there are.
+  const T *w0 = w, *w3 = w + 3 * ldw, *w6 = w + 6 * ldw;
+  int64_t eighths = kOctet;  // that one sum covers
+  while (k * eighths > kOctet * kDepthPanelSum) eighths /= 2;
+  for (int64_t eighth = 0, i = 0; eighth < kOctet;) {
+    V<T> sum[kOctet][N];
+#pragma GCC unroll 8
+    for (int r = 0; r < kOctet; ++r)
+      for (int j = 0; j < N; ++j) sum[r][j] = V<T>{};
+    for (const int64_t last = eighth + eighths; eighth < last; ++eighth) {
+      const char* next = ahead.at + eighth * ahead.row_stride;
+      for (const int64_t end = k * (eighth + 1) / kOctet; i < end; ++i) {
+        __builtin_prefetch(next, 0, 2);
+        next += ahead.step;
+        V<T> x[N];
+        for (int j = 0; j < N; ++j) x[j] = load(panel + j * lanes);
+        panel += N * lanes;
+#pragma GCC unroll 8
+        for (int r = 0; r < kOctet; ++r) {
+          const V<T> weight = splat(((r < 3 ? w0 : r < 6 ? w3 : w6) + r % 3 * ldw)[i]);
+          for (int j = 0; j < N; ++j) sum[r][j] += x[j] * weight;
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kOctet; ++r) {
+      for (int j = 0; j < N; ++j) {
+        T* at = c + r * ldc + j * lanes;
+        store(at, accumulate ? load(at) + sum[r][j] : sum[r][j]);
+      }
+    }
+    accumulate = true;
+  }
+}
+
+// OneAhead says that ahead.rows is 1, which costs nothing; any other number is for tiles so
+// few that memory is the limit.
+template <class T, int M, bool OneAhead>
+void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const T* w, int64_t ldw,
+             int64_t k, Prefetch ahead) {
+  constexpr int lanes = Simd<T>::lanes;
+  V<T> sum[M][kOctet];
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < kOctet; ++r) sum[m][r] = V<T>{};
+  const T *w0 = w, *w3 = w + 3 * ldw, *w6 = w + 6 * ldw;  // as in panel_tile
+  for (int64_t i = 0; i < k; i += lanes) {
+    if (OneAhead) {
+      __builtin_prefetch(ahead.at, 0, 2);
+    } else {
+      for (int64_t r = 0; r < ahead.rows; ++r)
+        __builtin_prefetch(ahead.at + r * ahead.row_stride, 0, 2);
+    }
+    ahead.at += ahead.step;
+    V<T> x[M];
+    for (int m = 0; m < M; ++m) x[m] = load(a + m * lda);
+#pragma GCC unroll 8
+    for (int r = 0; r < kOctet; ++r) {
+      V<T> weight = load((r < 3 ? w0 : r < 6 ? w3 : w6) + r % 3 * ldw);
+      if (M > 1) MOE_KEEP_IN_REGISTER(weight);
+      for (int m = 0; m < M; ++m) sum[m][r] += x[m] * weight;
+    }
+    a += lanes, w0 += lanes, w3 += lanes, w6 += lanes;
+  }
+  for (int m = 0; m < M; ++m) sum_lanes(sum[m], c + m * ldc, accumulate);
+}
+
+// ---- tiles of two vectors of columns
+
+// Where a tile goes: to c, on top of `before` (null: of nothing), which may be c itself;
+// past the caches where nobody reads it soon.
+template <class T>
+struct Target {
+  T* c;
+  int64_t ldc;
+  const T* before;
+  int64_t ld_before;
+  bool past_caches;
+};
+
+template <class T, int M>
+void nn_tile(Target<T> to, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, int64_t k,
+             Prefetch ahead) {
+  constexpr int lanes = Simd<T>::lanes;
+  V<T> sum[M][2];
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = V<T>{};
+  for (int64_t i = 0; i < k; ++i) {
+    __builtin_prefetch(ahead.at, 0, 2);
+    ahead.at += ahead.step;
+    const V<T> left = load(b), right = load(b + lanes);
+    b += ldb;
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+      const V<T> x = splat(a[m * am]);
+      sum[m][0] += x * left;
+      sum[m][1] += x * right;
+    }
+    a += ak;
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m) {
+    T* row = to.c + m * to.ldc;
+    if (to.before) {
+      const T* before = to.before + m * to.ld_before;
+      sum[m][0] += load(before);
+      sum[m][1] += load(before + lanes);
+    }
+    if (to.past_caches) {
+      stream(row, sum[m][0]);
+      stream(row + lanes, sum[m][1]);
+    } else {
+      store(row, sum[m][0]);
+      store(row + lanes, sum[m][1]);
+    }
+  }
+}
+
+// ---- tiles whose height is known at run time
+
+// body(std::integral_constant<int, height>()), for a height of 1 to Most.
+template <int Most, class Body>
+inline void with_height(int64_t height, Body body) {
+  if constexpr (Most > 1) {
+    if (height < Most) return with_height<Most - 1>(height, body);
+  }
+  body(std::integral_constant<int, Most>());
+}
+
+// Tiles of nearly equal height: 13 rows go as 7 and 6, not as 12 and a slow 1. `body` takes
+// where a tile begins, its height, and the tile's number.
+template <class Body>
+inline void for_even_tiles(int64_t rows, int64_t most, Body body) {
+  const int64_t tiles = (rows + most - 1) / most;
+  for (int64_t i = 0, begin = 0; i < tiles; ++i) {
+    const int64_t end = rows * (i + 1) / tiles;
+    body(begin, end - begin, i);
+    begin = end;
+  }
+}

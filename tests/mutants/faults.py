@@ -556,14 +556,6 @@ fault(
     GROUPED + "test_sizes",
 )
 
-fault = faults("csrc/cpu/kernels/transpose.inl")
-fault(
-    "a last square of few columns is written whole",
-    "std::min(lanes, cols - c)",
-    "lanes",
-    GROUPED + "test_rows_an_expert",
-)
-
 fault = faults("csrc/cpu/kernels/activation.inl")
 fault(
     "silu' misses alpha",

@@ -19,7 +19,8 @@ side chooses the same experts, and outputs are compared before anything is timed
 With `--device cuda` bench_layer_cuda.py runs in its place.
 
 Decoding is timed with the weights out of the caches, and counted in bytes of
-weights of the chosen experts a second, as a share of the machine's read bandwidth.
+weights of the chosen experts a second, as a share of the machine's read bandwidth,
+which is measured in every round.
 """
 
 import argparse
@@ -141,7 +142,7 @@ def check_agreement(name, layer, block, x):
         raise RuntimeError(f"{name}: outputs differ by {error:.2e} of their norm, over {tolerance}")
 
 
-def bench_case(name, shape, dtype, device, repeats, bandwidth, flush):
+def bench_case(name, shape, dtype, device, repeats, read):
     """One case of the results file: every side's times, and what they mean."""
     torch.manual_seed(0)
     layer = our_layer(shape, dtype, device)
@@ -167,21 +168,23 @@ def bench_case(name, shape, dtype, device, repeats, bandwidth, flush):
 
     calls = {side: inference(module.eval(), x) for side, module in sides.items()}
     calls["bound"] = inference(dense, rows)
-    cold = dict(prepare=flush, turn=0.0) if shape.kind == "decode" else {}
-    times = harness.interleaved(calls, repeats, **cold)
-    case["forward"] = summary(times)
     if shape.kind == "decode":
+        calls["read"] = read
+        times = harness.interleaved(calls, repeats, prepare=read, turn=0.0)
+        reads = times.pop("read")
+        case["forward"] = summary(times)
         active = int((counts > 0).sum())
         expert = sum(p[0].numel() for p in layer.experts.parameters())
         weights = (active * expert + layer.gate.weight.numel()) * x.element_size()
         case["weights_bytes"] = weights
         case["streamed"] = {
-            side: weights / statistics.median(seconds) / bandwidth
+            side: harness.ratio(reads, seconds) * weights / read.bytes
             for side, seconds in times.items()
             if side != "bound"
         }
         return case
 
+    case["forward"] = summary(harness.interleaved(calls, repeats))
     grad = torch.randn_like(x)
     pairs = {side: training(module.train(), x, grad) for side, module in sides.items()}
     pairs["bound"] = training(dense, rows, torch.randn_like(rows))
@@ -249,14 +252,13 @@ def main():
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     path = arguments.out or harness.RESULTS / f"layer_{arguments.device}.json"
-    bandwidth = harness.read_bandwidth()
+    read = harness.MemoryRead()
     about = dict(
         machine=harness.machine(),
-        read_bandwidth=bandwidth,
+        read_bandwidth=read.bandwidth(),
         import_seconds=harness.import_seconds(),
     )
     provenance = harness.provenance()  # before results change the checkout
-    flush = harness.CacheFlush()
     print(report.describe(about), flush=True)
     for name in arguments.shapes:
         for dtype in arguments.dtypes:
@@ -266,8 +268,7 @@ def main():
                 getattr(torch, dtype),
                 arguments.device,
                 3 if arguments.quick else arguments.repeats,
-                bandwidth,
-                flush,
+                read,
             )
             case.update(provenance)
             print(report.lines(case), flush=True)

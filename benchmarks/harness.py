@@ -54,30 +54,32 @@ def ratio(numerators, denominators):
     return statistics.median(n / d for n, d in zip(numerators, denominators))
 
 
-def read_bandwidth(size=1 << 30):
-    """Bytes a second that all threads together read from memory: the fastest of some
-    ways to go once over more than the caches hold."""
-    buffer = torch.ones(size // 4)
-    first, second = buffer.chunk(2)
+class MemoryRead:
+    """Reads more memory than the caches hold, with all threads, in the fastest of some ways.
 
+    After it a call finds its weights in memory and not in a cache, as in a model whose other
+    layers ran in between; and its own time says how fast memory is at that moment.
+    """
+
+    def __init__(self, size=1 << 30):
+        self.bytes = size
+        buffer = torch.ones(size // 4)
+        first, second = buffer.chunk(2)
+        ways = (buffer.sum, lambda: torch.dot(first, second), lambda: buffer.view(-1, 4096).sum(1))
+        self.way = min(ways, key=lambda way: min(self.seconds(way) for _ in range(4)))
+
+    def __call__(self):
+        self.way()
+
+    def bandwidth(self):
+        """Bytes a second, the fastest of some reads."""
+        return self.bytes / min(self.seconds(self.way) for _ in range(4))
+
+    @staticmethod
     def seconds(function):
         begin = time.perf_counter()
         function()
         return time.perf_counter() - begin
-
-    ways = (buffer.sum, lambda: torch.dot(first, second), lambda: buffer.view(-1, 4096).sum(1))
-    return size / min(seconds(way) for way in ways for _ in range(4))
-
-
-class CacheFlush:
-    """Reads more memory than the caches hold, so that the next call finds its weights there
-    and not in a cache, as in a model whose other layers ran in between."""
-
-    def __init__(self, size=1 << 30):
-        self.buffer = torch.ones(size // 4)
-
-    def __call__(self):
-        self.buffer.sum()
 
 
 def saved_bytes(function, parameters):

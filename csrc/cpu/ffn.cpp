@@ -149,7 +149,7 @@ struct ColumnBlocks {
   ColumnBlocks(int64_t columns, int64_t rows, int64_t unit, int64_t items)
       : columns(columns), unit(unit), units((columns + unit - 1) / unit) {
     const int64_t most =
-        std::clamp<int64_t>((1 << 16) / std::max<int64_t>(rows, 1), 256, kMatmulColumns) / unit;
+        std::clamp<int64_t>((1 << 17) / std::max<int64_t>(rows, 1), 256, kMatmulColumns) / unit;
     // Few rows cost the reading of the weights, and long reads are what memory likes; of many
     // rows a thread that ends early should find more to do.
     const int64_t wanted = (rows <= 16 ? 2 : 4) * at::get_num_threads();

@@ -30,6 +30,7 @@ void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
   const int64_t share = vectors > 0 ? 0 : (kOctet + tiles - 1) / std::max<int64_t>(tiles, 1);
   for (int64_t k0 = 0; k0 < k; k0 += kDepthChunkNT) {
     const int64_t depth = std::min(kDepthChunkNT, k - k0), whole = round_up(depth, lanes);
+    const bool adds = k0 > 0;
     for_even_tiles(vectors, kPanelVectors, [&](int64_t first, int64_t width, int64_t) {
       const int64_t row = first * lanes;
       transpose(panels + row * whole, width * lanes, a + row * lda + k0, lda,
@@ -39,12 +40,15 @@ void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
       const int64_t count = std::min<int64_t>(kOctet, n1 - n), stride_n = w.stride_n;
       const S* source = static_cast<const S*>(w.data) + n * stride_n + k0;
       const char* next = reinterpret_cast<const char*>(source + kOctet * stride_n);
-      // Weights of T are read where they lie; others, and edges, through a converted copy.
+      // Whole weights of T, or any that a single tile needs, are read where they lie; others
+      // through a converted copy, padded with zeros.
+      const bool is_whole = count == kOctet && whole == depth;
+      const bool direct = is_whole && vectors == 0 && tiles == 1;
       const T* weight = scratch;
       int64_t stride = copy_stride;
-      bool in_place = false;
+      bool in_place = direct;
       if constexpr (__is_same(S, T)) {
-        if (count == kOctet && whole == depth) {
+        if (is_whole) {
           weight = source;
           stride = stride_n;
           in_place = true;
@@ -63,7 +67,7 @@ void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
         const Prefetch ahead = tile == 0 ? Prefetch{next, stride_n * one, kOctet, kOctet * one}
                                          : Prefetch{next, 0, 0, 0};
         with_height<kPanelVectors>(width, [&](auto v) {
-          panel_tile<T, v>(column_sums + row, ld_sums, k0 > 0, weight, stride, panels + row * whole,
+          panel_tile<T, v>(column_sums + row, ld_sums, adds, weight, stride, panels + row * whole,
                            depth, ahead);
         });
       });
@@ -74,9 +78,14 @@ void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
                                 first < kOctet ? share : 0, lanes * one};
         const T* rows = a + (in_panels + row) * lda + k0;
         with_height<kTileNT>(height, [&](auto h) {
-          (share == 1 ? nt_tile<T, h, true> : nt_tile<T, h, false>)(column + row * ldc, ldc, k0 > 0,
-                                                                    rows, lda, weight, stride,
-                                                                    whole, ahead);
+          T* to = column + row * ldc;
+          if (direct) {
+            nt_tile<T, h, false>(to, ldc, adds, rows, lda, source, stride_n, whole, ahead);
+          } else if (share == 1) {
+            nt_tile<T, h, true>(to, ldc, adds, rows, lda, weight, stride, whole, ahead);
+          } else {
+            nt_tile<T, h, false>(to, ldc, adds, rows, lda, weight, stride, whole, ahead);
+          }
         });
       });
     }

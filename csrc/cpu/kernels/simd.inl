@@ -149,6 +149,24 @@ inline void convert_in(T* dst, const S* src, int64_t n) {
   for (; i < n; ++i) dst[i] = to_compute(src[i]);
 }
 
+// One vector of T from as many elements of S.
+template <class T, class S>
+MOE_INLINE V<T> load_as(const S* p) {
+  if constexpr (__is_same(S, T)) {
+    return load(p);
+  } else if constexpr (__is_same(S, bf16)) {
+    typedef uint16_t Half __attribute__((vector_size(MOE_VECTOR_BYTES / 2)));
+    typedef uint32_t Whole __attribute__((vector_size(MOE_VECTOR_BYTES)));
+    Half bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return (V<T>)(__builtin_convertvector(bits, Whole) << 16);
+  } else {
+    T wide[Simd<T>::lanes];
+    convert_in(wide, p, Simd<T>::lanes);
+    return load(wide);
+  }
+}
+
 template <class T, class S>
 inline void convert_out(S* dst, const T* src, int64_t n) {
   for (int64_t i = 0; i < n; ++i) from_compute(dst[i], src[i]);

@@ -128,14 +128,14 @@ void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, con
 
 // OneAhead says that ahead.rows is 1, which costs nothing; any other number is for tiles so
 // few that memory is the limit.
-template <class T, int M, bool OneAhead>
-void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const T* w, int64_t ldw,
+template <class T, int M, bool OneAhead, class S>
+void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const S* w, int64_t ldw,
              int64_t k, Prefetch ahead) {
   constexpr int lanes = Simd<T>::lanes;
   V<T> sum[M][kOctet];
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < kOctet; ++r) sum[m][r] = V<T>{};
-  const T *w0 = w, *w3 = w + 3 * ldw, *w6 = w + 6 * ldw;  // as in panel_tile
+  const S *w0 = w, *w3 = w + 3 * ldw, *w6 = w + 6 * ldw;  // as in panel_tile
   for (int64_t i = 0; i < k; i += lanes) {
     if (OneAhead) {
       __builtin_prefetch(ahead.at, 0, 2);
@@ -148,7 +148,7 @@ void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const 
     for (int m = 0; m < M; ++m) x[m] = load(a + m * lda);
 #pragma GCC unroll 8
     for (int r = 0; r < kOctet; ++r) {
-      V<T> weight = load((r < 3 ? w0 : r < 6 ? w3 : w6) + r % 3 * ldw);
+      V<T> weight = load_as<T>((r < 3 ? w0 : r < 6 ? w3 : w6) + r % 3 * ldw);
       if (M > 1) MOE_KEEP_IN_REGISTER(weight);
       for (int m = 0; m < M; ++m) sum[m][r] += x[m] * weight;
     }

@@ -101,7 +101,7 @@ fault(
     "a NaN logit ranks as a number of its bits",
     "(x == x ? x : -kInfinity<A>)",
     "(x)",
-    ROUTE + "test_not_finite",
+    ROUTE + "test_nan_bias_ranks_last",
 )
 fault(
     "groups are scored before all of their keys are there",

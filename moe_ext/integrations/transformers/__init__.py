@@ -1,0 +1,19 @@
+"""moe_ext inside Hugging Face's transformers.
+
+    from moe_ext.integrations.transformers import register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_ext")
+    # or, on a model that is loaded: model.set_experts_implementation("moe_ext")
+
+Proven with transformers 5.23.0. Importing this package imports transformers; importing moe_ext
+does not.
+"""
+
+from ._version import check_transformers
+
+check_transformers()
+
+from .experts import register  # noqa: E402
+
+__all__ = ["register"]

@@ -1,0 +1,70 @@
+"""The experts function of transformers' registry.
+
+transformers keeps the experts of a layer in one module, decorated with
+`use_experts_implementation`; its forward calls the function that the model's config names.
+What the experts compute is in the module's flags and its `_apply_gate`.
+"""
+
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ...functional import capacity_scatter, grouped_ffn, moe_forward, weighted_combine
+from ...reference import accumulation_dtype
+from .gates import fused_options
+from .unfused import called_ffn
+
+
+def register():
+    """Makes `experts_implementation="moe_ext"` a choice for transformers' models.
+
+        register()
+        model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_ext")
+        model.set_experts_implementation("moe_ext")         # or on a model that is loaded
+
+    For every model whose experts go through transformers' registry. No weight is touched
+    and no class patched. A second call changes nothing.
+    """
+    ALL_EXPERTS_FUNCTIONS.register("moe_ext", experts_forward)
+
+
+def experts_forward(self, hidden_states, top_k_index, top_k_weights):
+    """y[t] = sum_j top_k_weights[t, j] * FFN_e(hidden_states[t]), e = top_k_index[t, j].
+
+    Dropless. Experts whose gate is known run fused; others have their own `_apply_gate` or
+    `act_fn` called on the rows in expert order, with the same results.
+
+    Args:
+        self: a module that transformers' `use_experts_implementation` decorates.
+        hidden_states: (T, H), of the experts' dtype or not: it is converted.
+        top_k_index: (T, K) int32 or int64. Ids >= self.num_experts are expert
+            parallelism's sentinels: no work, no gradient, whatever their weights.
+        top_k_weights: (T, K), any floating dtype.
+
+    Returns:
+        (T, H) in hidden_states' dtype.
+
+    Differentiable in hidden_states, top_k_weights and the module's parameters.
+    """
+    up, up_bias, down, down_bias = parameters_of(self)
+    x = hidden_states.to(up.dtype)
+    weights = top_k_weights.to(accumulation_dtype(x.dtype))
+    plan = capacity_scatter(top_k_index, self.num_experts)
+    options = fused_options(self, x.dtype)
+    if options is None:
+        rows = called_ffn(self, x, plan, up, down, up_bias, down_bias)
+    elif self.has_post_expert_norm:
+        rows = grouped_ffn(x, plan, up, down, up_bias, down_bias, **options)
+    else:
+        y = moe_forward(x, weights, plan, up, down, up_bias, down_bias, **options)
+        return y.to(hidden_states.dtype)
+    if self.has_post_expert_norm:
+        rows = self.post_expert_norm(rows)
+    return weighted_combine(rows, weights, plan).to(hidden_states.dtype)
+
+
+def parameters_of(experts):
+    """(up, up_bias, down, down_bias) of a decorated module; biases None where it has none."""
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    names = (name, f"{name}_bias", "down_proj", "down_proj_bias")
+    return tuple(
+        getattr(experts, n) if experts.has_bias or not n.endswith("_bias") else None for n in names
+    )

@@ -1,0 +1,216 @@
+"""transformers' experts on moe_ext: every layout and gate, dtype and way of running."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from oracle import assert_matches, draw_experts, unit
+
+pytest.importorskip("transformers")
+
+from transformers import MixtralConfig, MixtralForCausalLM  # noqa: E402
+from transformers.activations import ACT2FN  # noqa: E402
+from transformers.integrations.moe import (  # noqa: E402
+    ALL_EXPERTS_FUNCTIONS,
+    use_experts_implementation,
+)
+from transformers.models.beam.modeling_beam import BeamExperts  # noqa: E402
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts  # noqa: E402
+from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextExperts  # noqa: E402
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts  # noqa: E402
+from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import (  # noqa: E402
+    MiniMaxM3VLExperts,
+)
+from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter import (  # noqa: E402
+    OpenAIPrivacyFilterExperts,
+)
+
+from moe_ext.integrations.transformers import experts as experts_module  # noqa: E402
+from moe_ext.integrations.transformers import register  # noqa: E402
+
+T, H, I, E, K = 23, 20, 12, 5, 3
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    register()
+
+
+@pytest.fixture
+def paths(monkeypatch):
+    """Which way every call of the experts function went: "fused" or "called"."""
+    taken = []
+    for name, path in dict(
+        moe_forward="fused", grouped_ffn="fused", called_ffn="called"
+    ).items():  # fmt: skip
+        function = getattr(experts_module, name)
+
+        def spy(*args, function=function, path=path, **kwargs):
+            taken.append(path)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(experts_module, name, spy)
+    return taken
+
+
+# ---- experts as transformers has them ------------------------------------------------
+
+
+class Experts(torch.nn.Module):
+    """Experts of any layout, to be decorated; this forward is what transformers calls eager."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = E
+        up, wide = ("gate_up_proj", 2 * I) if config.has_gate else ("up_proj", I)
+        for name, width, fan_in in ((up, wide, H), ("down_proj", H, I)):
+            shape = (E, fan_in, width) if config.is_transposed else (E, width, fan_in)
+            setattr(self, name, torch.nn.Parameter(unit(*shape, fan_in=fan_in)))
+            if config.has_bias:
+                setattr(self, f"{name}_bias", torch.nn.Parameter(unit(E, width)))
+        self.act_fn = config.act_fn
+        self.limit = self.swiglu_limit = 0.7
+        self.alpha = self.swiglu_alpha = 1.702
+        if config.has_post_expert_norm:
+            self.post_expert_norm = torch.nn.RMSNorm(H)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        y = torch.zeros_like(hidden_states)
+        for e in range(E):
+            token, j = torch.where(top_k_index == e)
+            rows = self.linear(
+                "gate_up_proj" if self.has_gate else "up_proj", e, hidden_states[token]
+            )
+            rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
+            rows = self.linear("down_proj", e, rows)
+            if self.has_post_expert_norm:
+                rows = self.post_expert_norm(rows)
+            y = y.index_add(0, token, (rows * top_k_weights[token, j, None]).to(y.dtype))
+        return y
+
+    def linear(self, name, e, x):
+        weight = getattr(self, name)[e]
+        bias = getattr(self, f"{name}_bias")[e] if self.has_bias else None
+        return F.linear(x, weight.T if self.is_transposed else weight, bias)
+
+
+FLAGS = dict(
+    is_concatenated=True, is_transposed=False, has_bias=False, has_gate=True,
+    has_post_expert_norm=False,
+)  # fmt: skip
+
+
+def make(apply_gate=None, act_fn="silu", **flags):
+    flags = FLAGS | flags
+    methods = {"_apply_gate": apply_gate} if apply_gate else {}
+    experts_class = use_experts_implementation(type("Some", (Experts,), methods), **flags)
+    act_fn = ACT2FN[act_fn] if isinstance(act_fn, str) else act_fn
+    return experts_class(SimpleNamespace(**flags, act_fn=act_fn, _experts_implementation=None))
+
+
+def running(experts, implementation):
+    """The experts as a function of tensors."""
+
+    def run(hidden_states, top_k_index, top_k_weights, **parameters):
+        experts.config._experts_implementation = implementation
+        args = (hidden_states, top_k_index, top_k_weights)
+        return torch.func.functional_call(experts, parameters, args)
+
+    return run
+
+
+def draw(experts, dtype=torch.float32, routing="distinct", weights=None):
+    """Unit-scale inputs: tokens, their routing, and the experts' parameters."""
+    return dict(
+        hidden_states=unit(T, H, dtype=dtype),
+        top_k_index=draw_experts(T, E, K, routing).long(),
+        top_k_weights=torch.rand(T, K).to(weights or dtype),
+        **{name: p.detach().to(dtype) for name, p in experts.named_parameters()},
+    )
+
+
+def assert_as_eager(experts, inputs):
+    return assert_matches(running(experts, "moe_ext"), running(experts, "eager"), inputs)
+
+
+# ---- layouts, gates, dtypes ----------------------------------------------------------
+
+
+def doubled(self, gate_up):
+    """A gate that nobody knows."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return 2 * torch.sigmoid(gate) * up
+
+
+GATES = {
+    "swiglu": dict(),
+    "geglu": dict(act_fn="gelu"),
+    "geglu_tanh": dict(act_fn="gelu_pytorch_tanh"),
+    "reglu": dict(act_fn="relu"),
+    "function": dict(act_fn=F.silu),
+    "gpt_oss": dict(apply_gate=GptOssExperts._apply_gate, is_concatenated=False),
+    "openai_privacy_filter": dict(apply_gate=OpenAIPrivacyFilterExperts._apply_gate),
+    "minimax_m3_vl": dict(apply_gate=MiniMaxM3VLExperts._apply_gate),
+    "glm5_next": dict(apply_gate=Glm5NextTextExperts._apply_gate),
+    "deepseek_v4": dict(apply_gate=DeepseekV4Experts._apply_gate, act_fn="gelu"),
+    "beam": dict(apply_gate=BeamExperts._apply_gate),
+    "relu2": dict(has_gate=False, act_fn="relu2"),
+    "silu": dict(has_gate=False),
+}
+CALLED = {
+    "unknown": dict(apply_gate=doubled),
+    "unknown_act_fn": dict(act_fn="mish"),
+    "unknown_ungated": dict(has_gate=False, act_fn="mish"),
+    "layout_against_flag": dict(apply_gate=GptOssExperts._apply_gate, is_concatenated=True),
+    "default_against_flag": dict(is_concatenated=False),
+    "no_kernel": dict(act_fn="relu2"),
+}
+
+
+@pytest.mark.parametrize("has_post_expert_norm", (False, True))
+@pytest.mark.parametrize("has_bias", (False, True))
+@pytest.mark.parametrize("is_transposed", (False, True))
+@pytest.mark.parametrize("gate", (*GATES, *CALLED))
+def test_layouts_and_gates(gate, is_transposed, has_bias, has_post_expert_norm, paths):
+    experts = make(
+        **(GATES | CALLED)[gate], is_transposed=is_transposed, has_bias=has_bias,
+        has_post_expert_norm=has_post_expert_norm,
+    )  # fmt: skip
+    assert_as_eager(experts, draw(experts))
+    assert paths == ["called" if gate in CALLED else "fused"]
+
+
+# ---- the registry --------------------------------------------------------------------
+
+
+def test_register_twice():
+    register()
+    assert ALL_EXPERTS_FUNCTIONS["moe_ext"] is experts_module.experts_forward
+
+
+def tiny_mixtral(**config):
+    return MixtralForCausalLM(
+        MixtralConfig(
+            hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, vocab_size=32, num_local_experts=4, **config,
+        )
+    )  # fmt: skip
+
+
+def test_from_pretrained(tmp_path, paths):
+    tiny_mixtral().save_pretrained(tmp_path)
+    model = MixtralForCausalLM.from_pretrained(tmp_path, experts_implementation="moe_ext")
+    logits = model(torch.arange(7)[None]).logits
+    assert paths == ["fused"] * 2
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(model(torch.arange(7)[None]).logits, logits)
+    assert paths == ["fused"] * 2
+    model.set_experts_implementation("moe_ext")
+    assert torch.equal(model(torch.arange(7)[None]).logits, logits)
+
+
+def test_an_unknown_name_is_refused_by_transformers():
+    with pytest.raises(ValueError, match='"moe_exd".* is not supported.*"moe_ext"'):
+        tiny_mixtral(experts_implementation="moe_exd")

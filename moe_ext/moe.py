@@ -263,6 +263,58 @@ class MoE(nn.Module):
 
         return upcycle(ffn, num_experts, top_k, **options)
 
+    @classmethod
+    def from_pretrained_block(
+        cls, path_or_state_dict, layer=None, *, preset=None, device=None, dtype=None, **options
+    ):
+        """The MoE block of one layer of a published system's checkpoint.
+
+            moe = MoE.from_pretrained_block("Mixtral-8x7B-v0.1/", layer=3, preset="mixtral_8x7b")
+
+        What is in the checkpoint is known by its names alone (see `pretrained.FORMATS`):
+        Mixtral, DeepSeek-V2 and V3, Grok-1, Switch Transformers, megablocks' dMoE, one
+        tensor an expert or all in one. Quantised tensors (Grok-1's int8, DeepSeek-V3's
+        float8) are multiplied with the scales beside them.
+
+        Args:
+            path_or_state_dict: a safetensors file, a folder of them with their index, or a
+                dict of tensors. Only what is needed is read.
+            layer: the layer's number; or what stands before the block's names
+                ("decoder.block.1.layer.2.mlp"); or None where nothing does.
+            preset: a name in `presets.PRESETS`, a dict of arguments, or None: all of them
+                are in options. **options: of `MoE`, in place of the preset's.
+            device, dtype: None: the CPU; the checkpoint's dtype, which the router may have
+                for itself (bfloat16 for a quantised one).
+
+        Raises:
+            TypeError, ValueError: an unknown preset, no block there, or tensors that are
+                missing, left over, or of another shape than the arguments make.
+        """
+        from .pretrained import from_pretrained_block
+
+        return from_pretrained_block(
+            cls, path_or_state_dict, layer, preset=preset, device=device, dtype=dtype, **options
+        )
+
+    def export_state_dict(self, format="transformers", layer=None):
+        """The parameters under the names of a published system, {name: tensor}.
+
+        What `from_pretrained_block` reads, bit for bit, and what serving engines do: one
+        tensor an expert in "mixtral", "deepseek", "grok_per_expert" and "switch"; all in
+        one in "transformers", "grok" and "megablocks". Tensors may share the memory of
+        the parameters, as those of `state_dict()` do; safetensors saves them.
+
+        Args:
+            format: a name in `pretrained.FORMATS`.
+            layer: a number or a prefix, as in `from_pretrained_block`; None: bare names.
+
+        Raises:
+            ValueError: an unknown format, or one without a name for a part of this layer.
+        """
+        from .pretrained import export_state_dict
+
+        return export_state_dict(self, format, layer)
+
     # ---- the way of a token ------------------------------------------------------
 
     def forward(self, x, *, padding_mask=None, routing=None, return_routing=False):

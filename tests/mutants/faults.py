@@ -636,3 +636,30 @@ fault(
     "true",
     "tests/test_moe.py::test_unsupported_derivatives_raise",
 )
+
+# ---- checkpoints ----------------------------------------------------------------
+
+fault = faults("moe_ext/pretrained.py", "tests/test_pretrained.py")
+fault(
+    "gate and up are exchanged, in both directions",
+    '("gate", view[:, 0], "e i h"), ("up", view[:, 1], "e i h")',
+    '("gate", view[:, 1], "e i h"), ("up", view[:, 0], "e i h")',
+)
+fault(
+    "interleaved experts are read as halves",
+    "both = both.transpose(1, 2) if interleaved else both",
+    "both = tensor.unflatten(1, (2, -1))",
+)
+fault(
+    "axes stay in our order",
+    'view = view.permute([axes.split().index(axis) for axis in re.findall(r"\\w", theirs)])',
+    "view = view.contiguous()",
+)
+fault(
+    "a scale counts for every n-th element instead of a block",
+    "blocks = [(n, size // n)",
+    "blocks = [(size // n, n)",
+)
+fault("a float32 router is rounded", "if dtype is None:  # a router", "if False:  # a router")
+fault("what is left over goes unnoticed", "    if rest:", "    if rest and not prefix:")
+fault("the first of several layers is taken", "if len(found) == 1:", "if found:")

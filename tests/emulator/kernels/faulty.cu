@@ -112,13 +112,41 @@ __global__ void shuffle_orders_nothing(int* p) {
 
 __global__ void blocks_write_one_place(int* p) { p[0] = static_cast<int>(blockIdx.x); }
 
+// The last block reads what another wrote. That takes a fence before and after the ticket, and
+// a barrier before them where other threads have written.
 __global__ void last_block_without_fence(int* p) {
   p[1 + blockIdx.x] = 1;
-  if (atomicAdd(p, 1) == static_cast<int>(gridDim.x) - 1) {
-    int sum = 0;
-    for (unsigned i = 0; i < gridDim.x; ++i) sum += p[1 + i];
-    p[gridDim.x + 1] = sum;
-  }
+  const bool last = atomicAdd(p, 1) == static_cast<int>(gridDim.x) - 1;
+  __threadfence();
+  if (last) p[1000] = p[1 + (blockIdx.x + 1) % gridDim.x];
+}
+
+__global__ void last_block_without_second_fence(int* p) {
+  p[1 + blockIdx.x] = 1;
+  __threadfence();
+  const bool last = atomicAdd(p, 1) == static_cast<int>(gridDim.x) - 1;
+  if (last) p[1001] = p[1 + (blockIdx.x + 1) % gridDim.x];
+}
+
+__global__ void last_block_without_barrier(int* p) {
+  p[1 + blockIdx.x * blockDim.x + threadIdx.x] = 1;
+  if (threadIdx.x > 0) return;
+  __threadfence();
+  const bool last = atomicAdd(p, 1) == static_cast<int>(gridDim.x) - 1;
+  __threadfence();
+  if (last) p[1002] = p[2 + (blockIdx.x + 1) % gridDim.x * blockDim.x];
+}
+
+__global__ void shuffle_orders_no_tensor(int* p) {
+  const int lane = threadIdx.x;
+  p[lane] = lane;
+  const int x = __shfl_xor_sync(kFullWarp, lane, 1);
+  p[32 + lane] = p[31 - lane] + x;
+}
+
+__global__ void overwritten_while_read(int* p) {
+  const int x = p[63 - threadIdx.x];
+  p[threadIdx.x] = x;
 }
 
 __global__ void misaligned_vector(int* p) {
@@ -138,7 +166,8 @@ __global__ void anothers_local_memory(int* p) {
 
 __global__ void host_memory(int* p, const int* host) { p[threadIdx.x] = host[threadIdx.x]; }
 
-int host_array[64];
+// Not a variable of the library: those are read as constants are.
+int* const host_array = new int[64]{};
 
 }  // namespace
 
@@ -164,6 +193,10 @@ MICRO_KERNEL micro_fault(const char* name, int* p) {
   FAULT(shuffle_orders_nothing, 1, 32, sizeof(Smem), p)
   FAULT(blocks_write_one_place, 4, 1, 0, p)
   FAULT(last_block_without_fence, 8, 1, 0, p)
+  FAULT(last_block_without_second_fence, 8, 1, 0, p)
+  FAULT(last_block_without_barrier, 8, 64, 0, p)
+  FAULT(shuffle_orders_no_tensor, 1, 32, 0, p)
+  FAULT(overwritten_while_read, 1, 64, 0, p)
   FAULT(misaligned_vector, 1, 32, 0, p)
   FAULT(anothers_local_memory, 1, 32, 0, p)
   FAULT(host_memory, 1, 32, 0, p, host_array)

@@ -82,6 +82,7 @@ __global__ void last_block(uint32_t* counter, int* out) {
     out[blockIdx.x] = static_cast<int>(blockIdx.x) * 3 + 1;
     __threadfence();
     last = atomicAdd(counter, 1u) == gridDim.x - 1;
+    __threadfence();
   }
   __syncthreads();
   if (last && threadIdx.x == 0) {

@@ -6,13 +6,13 @@ namespace emulator {
 
 void Block::complete(Barrier& barrier) {
   for (Thread* thread : barrier.waiting) {
-    learn(barrier.clock, *thread);
+    learn(barrier.view, *thread);
     thread->result = barrier.accumulated;
     wake(*thread);
   }
   barrier.waiting.clear();
   barrier.arrived = 0;
-  barrier.clock.clear();
+  barrier.view = {};
 }
 
 int barrier(int id, int threads, BarrierOp op, int predicate) {
@@ -40,7 +40,7 @@ int barrier(int id, int threads, BarrierOp op, int predicate) {
   if (op == kBarrierAnd) barrier.accumulated &= predicate != 0;
   if (op == kBarrierOr) barrier.accumulated |= predicate != 0;
   if (op == kBarrierCount) barrier.accumulated += predicate != 0;
-  b.publish(barrier.clock, self);
+  b.publish(barrier.view, self);
   ++barrier.arrived;
   const uint32_t needed = expected ? expected : b.live;
   if (barrier.arrived < needed) {
@@ -50,7 +50,7 @@ int barrier(int id, int threads, BarrierOp op, int predicate) {
     return self.result;
   }
   const int result = barrier.accumulated;
-  if (op != kBarrierArrive) b.learn(barrier.clock, self);
+  if (op != kBarrierArrive) b.learn(barrier.view, self);
   b.complete(barrier);
   if (b.launch->seed && op != kBarrierArrive && b.random.one_in(2)) b.switch_thread();
   return result;

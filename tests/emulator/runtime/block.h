@@ -25,8 +25,14 @@ struct Random {
 
 uint64_t mix(uint64_t x);  // a hash of 64 bits
 
-// A vector clock: what a thread knows of every other's progress (races.cpp).
-using Clock = std::vector<uint32_t>;
+// What a thread knows of every other's progress (races.cpp).
+using Clock = std::vector<uint32_t>;                 // of a block's threads
+using Clocks = std::unordered_map<uint32_t, Clock>;  // by block
+using SharedClocks = std::shared_ptr<const Clocks>;  // null: none
+struct View {
+  Clock own;  // of its block
+  SharedClocks others;
+};
 
 enum class State : uint8_t { kRunnable, kInWarpOp, kAtBarrier, kExited };
 
@@ -51,7 +57,8 @@ struct Thread {
   int result;       // of the barrier that it waited at
   std::vector<AsyncCopy> copies;
   uint32_t copy_group;
-  Clock clock;
+  View view;
+  SharedClocks fenced, heard;  // what its last fence covers; what its atomics have met since
 };
 
 // A warp operation of which some lanes are still to come.
@@ -74,15 +81,18 @@ struct Barrier {
   int accumulated = 0;
   void* call_site[32] = {};  // by warp
   std::vector<Thread*> waiting;
-  Clock clock;
+  View view;
 };
 
-// What the race detector knows of two bytes of shared memory (races.cpp).
+// What the race detector knows of two bytes of memory (races.cpp). Fresh ones are zeros.
+struct Access {
+  uint32_t block, time;  // time 0: none
+  uint16_t thread;
+};
 struct Cell {
-  uint32_t write_time = 0, read_time[2] = {};
-  uint16_t writer = 0, reader[2] = {};
-  bool initialised = false, in_flight = false, atomic = false;
-  uint8_t readers = 0;
+  Access writer, reader[2];
+  uint32_t launch;  // to which these belong
+  bool initialised, in_flight, atomic;
 };
 
 constexpr uint32_t kDynamicBase = 0x400;    // shared addresses of dynamic and of static
@@ -108,16 +118,7 @@ struct Launch {
   Random random;
   std::string error;
 
-  // Which epochs of other blocks a block knows of, and which were published at an address
-  // (races.cpp).
-  using Epochs = std::unordered_map<uint32_t, uint32_t>;
-  std::unordered_map<uint32_t, Epochs> known;
-  std::unordered_map<const void*, Epochs> published;
-  uint32_t known_epoch(uint32_t of, uint32_t other) {
-    const Epochs& epochs = known[of];
-    const auto found = epochs.find(other);
-    return found == epochs.end() ? 0 : found->second;
-  }
+  std::unordered_map<const void*, SharedClocks> published;  // by atomics (races.cpp)
 };
 
 class Block {
@@ -162,11 +163,11 @@ class Block {
   }
 
   // ---- races.cpp
-  void track(size_t offset, size_t bytes, bool write, bool atomic, void* call_site);
+  void track_shared(size_t offset, size_t bytes, bool write, bool atomic, void* call_site);
   void begin_copy(uint32_t target, size_t bytes, void* call_site);
   void end_copy(uint32_t target, size_t bytes, const Thread& thread);
-  void publish(Clock& clock, Thread& thread);
-  void learn(const Clock& clock, Thread& thread);
+  void publish(View& view, Thread& thread);
+  void learn(const View& view, Thread& thread);
 
   Launch* launch = nullptr;
   uint32_t number = 0;
@@ -183,7 +184,6 @@ class Block {
   size_t smem_bytes = 0, smem_capacity = 0;
   std::vector<char> static_smem;  // while another block runs
   std::vector<Cell> cells;
-  uint32_t epoch = 1, fenced = 0;  // epochs end at a fence
 
   Thread* resume_with = nullptr;
   void* grid_stack_pointer = nullptr;  // of launch_grid, which resumed this block

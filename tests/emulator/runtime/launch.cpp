@@ -97,8 +97,6 @@ void Block::start(Launch& grid, uint32_t which) {
   std::memset(smem, 0xff, smem_capacity);
   static_smem.assign(grid.static_smem_bytes, '\xff');
   if (checked()) cells.assign((smem_capacity + grid.static_smem_bytes) / 2 + 8, Cell{});
-  epoch = 1;
-  fenced = 0;
 
   const uint32_t warp_count = (count + 31) / 32;
   warps.resize(warp_count);
@@ -116,7 +114,7 @@ void Block::start(Launch& grid, uint32_t which) {
   for (Barrier& barrier : barriers) {
     barrier.arrived = 0;
     barrier.waiting.clear();
-    barrier.clock.clear();
+    barrier.view = {};
   }
   threads.resize(warp_count * 32);
   for (uint32_t i = 0; i < count; ++i) {
@@ -130,8 +128,9 @@ void Block::start(Launch& grid, uint32_t which) {
     thread.copies.clear();
     thread.copy_group = 0;
     if (checked()) {
-      thread.clock.assign(count, 0);
-      thread.clock[i] = 1;
+      thread.view.own.assign(count, 0);
+      thread.view.own[i] = 1;
+      thread.view.others = thread.fenced = thread.heard = nullptr;
     }
   }
   reserve_stacks(count);

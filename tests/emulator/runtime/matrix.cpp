@@ -29,7 +29,7 @@ void Block::load_matrices(Warp& warp, void* call_site) {
       if (address % 16)
         fail_at(call_site, "ldmatrix: the row's address 0x%x is not a multiple of 16", address);
       rows[r] = shared_pointer(address, 16, "ldmatrix", call_site);
-      if (checked()) track(shared_offset(address), 16, false, false, call_site);
+      if (checked()) track_shared(shared_offset(address), 16, false, false, call_site);
     }
     current = self;
     const auto element = [&](int row, int column) {

@@ -56,11 +56,25 @@ void* allocate(size_t bytes) {
   return data;
 }
 
+// Pages that nobody touches cost nothing.
+static size_t bytes_of_cells(const Buffer& buffer) { return (buffer.bytes / 2 + 1) * sizeof(Cell); }
+
+Cell* cells_of(Buffer& buffer) {
+  if (!buffer.cells) {
+    void* const mapping = mmap(nullptr, bytes_of_cells(buffer), PROT_READ | PROT_WRITE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapping == MAP_FAILED) throw std::bad_alloc();
+    buffer.cells = static_cast<Cell*>(mapping);
+  }
+  return buffer.cells;
+}
+
 void release(void* pointer) {
   const std::lock_guard<std::mutex> lock(buffers_mutex);
   const auto found = buffers().find(static_cast<char*>(pointer));
   last_found = nullptr;
   munmap(found->second.mapping, found->second.mapped);
+  if (found->second.cells) munmap(found->second.cells, bytes_of_cells(found->second));
   buffers().erase(found);
 }
 

@@ -1,17 +1,9 @@
 // The buffers that kernels may use, for memory.cpp and races.cpp.
 #pragma once
 
-#include <cstdint>
-#include <vector>
-
 #include "block.h"
 
 namespace emulator {
-
-// Who wrote two bytes of global memory last (races.cpp).
-struct Writer {
-  uint32_t launch = 0, block = 0, epoch = 0;
-};
 
 struct Buffer {
   char* data;
@@ -19,12 +11,13 @@ struct Buffer {
   char* mapping;
   size_t mapped;
   size_t margin_before = 0, margin_after = 0;  // bytes that must stay as they were filled
-  std::vector<Writer> writers;                 // one for two bytes, in checked builds
+  Cell* cells = nullptr;                       // in checked builds; see cells_of
 
   bool holds(const char* address) const { return static_cast<size_t>(address - data) < bytes; }
 };
 
 Buffer* find_buffer(const char* address);
+Cell* cells_of(Buffer& buffer);  // one for two bytes
 void check_margins(const char* kernel);
 
 }  // namespace emulator

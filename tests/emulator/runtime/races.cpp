@@ -1,11 +1,11 @@
 // What a checked build adds: every access of a kernel comes to access(), which knows what it
 // may touch, what has been written, and in which order.
 //
-// Within a block the order is happens-before: every thread has a vector clock, advanced when
-// it publishes (arrives at a barrier, at __syncwarp) and joined when it learns (leaves one).
-// An access races with an earlier one that its thread's clock does not know. Between blocks
-// the same is done a block at a time: __threadfence ends an epoch, an atomic publishes the
-// epochs that have ended and learns what others published there.
+// The order is happens-before, as PTX's memory model has it: every thread has a vector clock,
+// advanced when it publishes (arrives at a barrier, at __syncwarp) and joined when it learns
+// (leaves one). Between blocks a thread publishes by an atomic what it knew at its last fence,
+// of other threads too, and learns by a fence what was published where its atomics have been.
+// An access races with an earlier one that its thread's clock does not know.
 
 #include <algorithm>
 
@@ -17,68 +17,121 @@ static bool is_checked = false;
 bool checked() { return is_checked; }
 void set_checked() { is_checked = true; }
 
-void Block::publish(Clock& clock, Thread& thread) {
-  if (!checked()) return;
-  clock.resize(count);
-  for (uint32_t i = 0; i < count; ++i) clock[i] = std::max(clock[i], thread.clock[i]);
-  ++thread.clock[thread.number];
+static void join(Clock& to, const Clock& from) {
+  to.resize(std::max(to.size(), from.size()));
+  for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
 }
 
-void Block::learn(const Clock& clock, Thread& thread) {
-  if (!checked()) return;
-  for (size_t i = 0; i < clock.size(); ++i) thread.clock[i] = std::max(thread.clock[i], clock[i]);
+static void join(SharedClocks& to, const SharedClocks& from) {
+  if (!from || from == to) return;
+  if (!to) {
+    to = from;
+    return;
+  }
+  auto both = std::make_shared<Clocks>(*to);
+  for (const auto& [block, clock] : *from) join((*both)[block], clock);
+  to = std::move(both);
 }
 
-// ---- shared memory -------------------------------------------------------------------------
+void Block::publish(View& view, Thread& thread) {
+  if (!checked()) return;
+  join(view.own, thread.view.own);
+  join(view.others, thread.view.others);
+  ++thread.view.own[thread.number];
+}
 
-void Block::track(size_t offset, size_t bytes, bool write, bool atomic, void* call_site) {
+void Block::learn(const View& view, Thread& thread) {
+  if (!checked()) return;
+  join(thread.view.own, view.own);
+  join(thread.view.others, view.others);
+}
+
+// ---- between blocks --------------------------------------------------------------------------
+
+static void learn_what_was_heard() {
+  Thread& self = *current;
+  join(self.view.others, self.heard);
+  self.heard = nullptr;
+}
+
+void fence() {
+  if (!checked()) return;
+  learn_what_was_heard();
+  Thread& self = *current;
+  auto all =
+      self.view.others ? std::make_shared<Clocks>(*self.view.others) : std::make_shared<Clocks>();
+  (*all)[block->number] = self.view.own;
+  self.fenced = std::move(all);
+  ++self.view.own[self.number];
+}
+
+static void meet_others(const void* address, bool publish) {
+  Thread& self = *current;
+  auto& all = block->launch->published;
+  const auto published = all.find(address);
+  if (published != all.end()) join(self.heard, published->second);
+  if (publish && self.fenced) join(all[address], self.fenced);
+}
+
+// ---- accesses --------------------------------------------------------------------------------
+
+static bool knows(const View& view, const Access& other) {
+  if (other.block == block->number) return view.own[other.thread] >= other.time;
+  if (other.time == 0 || !view.others) return other.time == 0;
+  const auto found = view.others->find(other.block);
+  return found != view.others->end() && found->second[other.thread] >= other.time;
+}
+
+// `buffer`: of which the cells are, or null for shared memory.
+static void track(Cell* cells, const Buffer* buffer, size_t offset, size_t bytes, bool write,
+                  bool atomic, void* call_site) {
   const Thread& self = *current;
+  const uint32_t launch = block->launch->id;
+  const Access now{block->number, self.view.own[self.number], static_cast<uint16_t>(self.number)};
   const char* const what = write ? "write" : "read";
-  const auto knows = [&](uint32_t other, uint32_t time) {
-    return other == self.number || self.clock[other] >= time;
+  const auto place = [&](size_t cell) {
+    const std::string memory =
+        buffer ? "a tensor's storage of " + std::to_string(buffer->bytes) + " bytes"
+               : "shared memory";
+    return "byte " + std::to_string(cell * 2) + " of " + memory;
+  };
+  const auto check_order = [&](size_t cell, const Access& other, const char* others) {
+    if (knows(self.view, other)) return;
+    fail_at(call_site, "race: %s of %s, not ordered after the %s by block %u, thread %u", what,
+            place(cell).c_str(), others, other.block, other.thread);
   };
   for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
     Cell& cell = cells[i];
-    const size_t at = i * 2;
+    if (cell.launch != launch) cell = Cell{};
+    cell.launch = launch;
     if (cell.in_flight)
-      fail_at(call_site, "%s of byte %zu of shared memory while a copy of thread %u is under way",
-              what, at, cell.writer);
-    if (!write && !cell.initialised)
-      fail_at(call_site, "read of byte %zu of shared memory, which nobody has written", at);
-    if (cell.initialised && !knows(cell.writer, cell.write_time) && !(atomic && cell.atomic))
-      fail_at(call_site,
-              "race: %s of byte %zu of shared memory, not ordered after thread %u's write", what,
-              at, cell.writer);
+      fail_at(call_site, "%s of %s while a copy of thread %u is under way", what, place(i).c_str(),
+              cell.writer.thread);
+    if (!write && !buffer && !cell.initialised)
+      fail_at(call_site, "read of %s, which nobody has written", place(i).c_str());
+    if (!(atomic && cell.atomic)) check_order(i, cell.writer, "write");
     if (write) {
-      for (int r = 0; r < cell.readers; ++r)
-        if (!knows(cell.reader[r], cell.read_time[r]))
-          fail_at(call_site,
-                  "race: write of byte %zu of shared memory, not ordered after thread %u's read",
-                  at, cell.reader[r]);
-      cell = Cell{};
-      cell.writer = static_cast<uint16_t>(self.number);
-      cell.write_time = self.clock[self.number];
-      cell.initialised = true;
-      cell.atomic = atomic;
+      for (const Access& reader : cell.reader) check_order(i, reader, "read");
+      cell = Cell{now, {}, launch, true, false, atomic};
       continue;
     }
+    if (atomic) continue;
     // Of the readers two are remembered: this one, and the last that was another.
-    if (cell.readers && cell.reader[0] != self.number) {
+    if (cell.reader[0].thread != now.thread || cell.reader[0].block != now.block)
       cell.reader[1] = cell.reader[0];
-      cell.read_time[1] = cell.read_time[0];
-      cell.readers = 2;
-    }
-    cell.reader[0] = static_cast<uint16_t>(self.number);
-    cell.read_time[0] = self.clock[self.number];
-    if (!cell.readers) cell.readers = 1;
+    cell.reader[0] = now;
   }
+}
+
+void Block::track_shared(size_t offset, size_t bytes, bool write, bool atomic, void* call_site) {
+  track(cells.data(), nullptr, offset, bytes, write, atomic, call_site);
 }
 
 void Block::begin_copy(uint32_t target, size_t bytes, void* call_site) {
   char* const data = shared_pointer(target, bytes, "cp.async", call_site);
   if (checked()) {
     const size_t offset = shared_offset(target);
-    track(offset, bytes, true, false, call_site);
+    track_shared(offset, bytes, true, false, call_site);
     for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) cells[i].in_flight = true;
   }
   std::fill_n(data, bytes, '\xff');
@@ -89,42 +142,8 @@ void Block::end_copy(uint32_t target, size_t bytes, const Thread& thread) {
   const size_t offset = shared_offset(target);
   for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
     cells[i].in_flight = false;
-    cells[i].write_time = thread.clock[thread.number];
+    cells[i].writer.time = thread.view.own[thread.number];
   }
-}
-
-// ---- global memory ---------------------------------------------------------------------------
-
-static void track_global(Buffer& buffer, size_t offset, size_t bytes, bool write, void* call_site) {
-  Block& b = *block;
-  Launch& launch = *b.launch;
-  if (buffer.writers.empty()) buffer.writers.resize(buffer.bytes / 2 + 1);
-  for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
-    Writer& writer = buffer.writers[i];
-    if (writer.launch == launch.id && writer.block != b.number &&
-        launch.known_epoch(b.number, writer.block) < writer.epoch)
-      fail_at(call_site,
-              "race: %s of byte %zu of a tensor's storage of %zu bytes, which block %u"
-              " writes in the same launch",
-              write ? "write" : "read", i * 2, buffer.bytes, writer.block);
-    if (write) writer = {launch.id, b.number, b.epoch};
-  }
-}
-
-void fence() {
-  if (checked()) block->fenced = block->epoch++;
-}
-
-static void synchronise_blocks(const void* address, bool publish, bool learn) {
-  Block& b = *block;
-  Launch& launch = *b.launch;
-  auto& published = launch.published[address];
-  auto& known = launch.known[b.number];
-  known[b.number] = b.fenced;
-  if (learn)
-    for (const auto& [other, epoch] : published) known[other] = std::max(known[other], epoch);
-  if (publish)
-    for (const auto& [other, epoch] : known) published[other] = std::max(published[other], epoch);
 }
 
 void access(const void* pointer, size_t bytes, bool write, bool atomic, void* call_site) {
@@ -141,19 +160,20 @@ void access(const void* pointer, size_t bytes, bool write, bool atomic, void* ca
     if (offset_in(b.smem) + bytes > b.smem_bytes)
       fail_at(call_site, "%s of byte %zu of dynamic shared memory, of which there are %zu", what,
               offset_in(b.smem), b.smem_bytes);
-    return b.track(offset_in(b.smem), bytes, write, atomic, call_site);
+    return b.track_shared(offset_in(b.smem), bytes, write, atomic, call_site);
   }
   Launch& launch = *b.launch;
   if (offset_in(launch.static_smem) < launch.static_smem_bytes)
-    return b.track(b.smem_capacity + offset_in(launch.static_smem), bytes, write, atomic,
-                   call_site);
+    return b.track_shared(b.smem_capacity + offset_in(launch.static_smem), bytes, write, atomic,
+                          call_site);
   if (b.on_a_stack(address)) fail_at(call_site, "%s of another thread's local memory", what);
   if (Buffer* buffer = find_buffer(address)) {
     if (offset_in(buffer->data) + bytes > buffer->bytes)
       fail_at(call_site, "%s of %zu bytes across the end of a tensor's storage of %zu bytes", what,
               bytes, buffer->bytes);
-    if (atomic) return synchronise_blocks(pointer, true, true);
-    return track_global(*buffer, offset_in(buffer->data), bytes, write, call_site);
+    track(cells_of(*buffer), buffer, offset_in(buffer->data), bytes, write, atomic, call_site);
+    if (atomic) meet_others(pointer, write);
+    return;
   }
   if (!write && offset_in(static_cast<const char*>(launch.arguments)) < launch.argument_bytes)
     return;
@@ -166,6 +186,7 @@ uint32_t ld_acquire(const uint32_t* flag) {
   void* const call_site = EMULATOR_CALL_SITE;
   pause();
   access(flag, 4, false, true, call_site);
+  if (checked()) learn_what_was_heard();
   return *flag;
 }
 

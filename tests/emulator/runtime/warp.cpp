@@ -46,7 +46,7 @@ void Block::execute(Warp& warp, const WarpOperation& operation) {
   const auto as_signed = [](uint64_t bits) { return static_cast<int32_t>(bits); };
   switch (operation.op) {
     case kSyncWarp: {
-      Clock all;
+      View all;
       const size_t first = (&warp - warps.data()) * 32;
       each_lane([&](int lane) { publish(all, threads[first + lane]); });
       each_lane([&](int lane) { learn(all, threads[first + lane]); });

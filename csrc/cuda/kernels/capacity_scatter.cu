@@ -181,16 +181,17 @@ __device__ __forceinline__ Totals number_rows(const ScatterShape& s, int32_t* ce
   return totals;
 }
 
-// Whether this block is the last to come here. It sees what all the others wrote before.
+// Whether this block is the last to come here. It sees what all the others wrote before: a
+// fence passes on what its thread has seen, which by the barriers is the block's.
 __device__ __forceinline__ bool is_last_block(int32_t* ticket) {
   __shared__ bool is_last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0 && threadIdx.y == 0) {
+    __threadfence();
     is_last = atomicAdd(ticket, 1) == static_cast<int32_t>(gridDim.x) - 1;
+    __threadfence();
   }
   __syncthreads();
-  __threadfence();
   return is_last;
 }
 

@@ -71,14 +71,17 @@ def test_long_rows(num_experts, dtype):
     check(logits, 40, experts=experts, score_function="softmax_topk")
 
 
-@pytest.mark.parametrize("num_experts", (3, 65))
-def test_many_tokens(num_experts):
+GROUPS_OF_TWO = dict(n_group=33, topk_group=3, group_score="max")
+
+
+@pytest.mark.parametrize("num_experts, groups", ((3, {}), (65, {}), (66, GROUPS_OF_TWO)))
+def test_many_tokens(num_experts, groups):
     """Enough of them that a GPU's team takes several (65 experts: 2; see topk_route_grid)."""
     tokens = 17000
     logits = eighths(tokens, num_experts)
     mask = torch.rand(tokens) < 0.1
-    route = functional.topk_route(logits, 2, padding_mask=mask)
-    expected = reference.topk_route(logits.double(), 2, padding_mask=mask)
+    route = functional.topk_route(logits, 2, padding_mask=mask, **groups)
+    expected = reference.topk_route(logits.double(), 2, padding_mask=mask, **groups)
     assert torch.equal(route.experts, expected.experts)
     assert torch.equal(route.counts, expected.counts)
     for name in ("weights", "score_sums", "logsumexp"):

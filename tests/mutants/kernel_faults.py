@@ -1,11 +1,18 @@
 """The planted faults of the CUDA kernels; the emulated suite must catch each of them.
 
-A fault that only some schedules show names `--emulator-seeds` among its tests.
+A fault that only some schedules show names `--emulator-seeds` among its tests. One that no
+schedule shows is CHECKED: the emulator makes a warp's lanes wait for each other wherever they
+exchange something, and sees memory as everybody wrote it last; a GPU promises neither. The
+checked build knows what was promised.
+
+Every barrier, fence and wait of the kernels has its fault, but for the last cp_async_wait of
+the tensor cores' loop: what is still under way there are groups without a copy.
 """
 
 from mutants.faults import faults
 
 KERNEL_FAULTS = []
+CHECKED = "--emulator-build=checked"
 
 # ---- topk_route ---------------------------------------------------------------
 
@@ -126,6 +133,13 @@ fault(
     ROUTE + "test_groups",
     ROUTE + "test_long_rows",
     "--emulator-seeds=2",
+)
+fault(
+    "the next token's keys come while a lane looks for its group's verdict",
+    "  __syncwarp();  // the team's next token overwrites both\n",
+    "",
+    ROUTE + "test_many_tokens[66-groups2]",
+    CHECKED,
 )
 
 fault = faults("csrc/cuda/kernels/topk_route_backward.cu", into=KERNEL_FAULTS)
@@ -371,9 +385,23 @@ fault(
 )
 fault(
     "a block draws its ticket before its threads have written",
-    "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0",
-    "  __threadfence();\n  if (threadIdx.x == 0",
+    "  __syncthreads();\n  if (threadIdx.x == 0 && threadIdx.y == 0) {",
+    "  if (threadIdx.x == 0 && threadIdx.y == 0) {",
     SCATTER + "test_many_segments",
+)
+fault(
+    "a block's sums are not shown to the others before it draws its ticket",
+    "    __threadfence();\n    is_last",
+    "    is_last",
+    SCATTER + "test_many_segments[1-150-skewed-token]",
+    CHECKED,
+)
+fault(
+    "the last block sums up what it saw before it drew its ticket",
+    "gridDim.x) - 1;\n    __threadfence();\n",
+    "gridDim.x) - 1;\n",
+    SCATTER + "test_many_segments[1-150-skewed-token]",
+    CHECKED,
 )
 fault(
     "sums of warps are added up before all are there",
@@ -395,8 +423,8 @@ fault(
 )
 fault(
     "the block looks for the last ticket before it is drawn",
-    "  __syncthreads();\n  __threadfence();\n  return is_last;",
-    "  __threadfence();\n  return is_last;",
+    "  __syncthreads();\n  return is_last;",
+    "  return is_last;",
     SCATTER + "test_many_segments",
 )
 fault(
@@ -422,6 +450,20 @@ fault(
     "  __syncwarp();  // everybody has seen which is next\n",
     "",
     SCATTER + "test_many_segments",
+)
+fault(
+    "the next row is looked up before it has moved",
+    "next[expert] += rank.count;\n  __syncwarp();\n",
+    "next[expert] += rank.count;\n",
+    SCATTER + "test_many_segments[1-None-skewed-token]",
+    CHECKED,
+)
+fault(
+    "rows are taken before all counters are loaded",
+    "  __syncwarp();\n  return counters;",
+    "  return counters;",
+    SCATTER + "test_many_segments[1-150-skewed-token]",
+    CHECKED,
 )
 fault(
     "who found no place takes a row",

@@ -12,7 +12,7 @@
 The faults stand in faults.py and kernel_faults.py beside this file. A worker plants them
 in a copy of the sources of its own, under build/mutants/, rebuilds what changed and runs
 the tests that are named with the fault; the sources here are not touched. The emulated
-library is built here, once, and copied: a fault compiles the kernels that hold it. One that
+libraries are built here, once, and copied: a fault compiles the kernels that hold it. One that
 does not compile, or keeps the tests from starting, proves nothing: it counts as broken.
 One whose tests never end is caught by the processor time that they take, since the clock
 would also run on a machine that others keep busy.
@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # the lists import each other as the su
 
 from emulator import build as emulated  # noqa: E402
 from mutants.faults import FAULTS  # noqa: E402
-from mutants.kernel_faults import KERNEL_FAULTS  # noqa: E402
+from mutants.kernel_faults import CHECKED, KERNEL_FAULTS  # noqa: E402
 
 COPIES = ROOT / "build" / "mutants"
 COPIED = ("moe_ext", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
@@ -64,11 +64,16 @@ def refresh(copy):
                 target.unlink()
 
 
-def clone(copy):
-    """A worker's copy for the kernels: sources and emulated library, with their times."""
+def emulator_of(fault):
+    """The kind of emulator that runs a fault's tests."""
+    return "checked" if CHECKED in fault.tests else "fast"
+
+
+def clone(copy, faults):
+    """A worker's copy for the kernels: sources and emulated libraries, with their times."""
     shutil.rmtree(copy, ignore_errors=True)
-    built = emulated.folder("fast").relative_to(ROOT)
-    for name in (*COPIED, built):
+    built = {emulated.folder(emulator_of(fault)).relative_to(ROOT) for fault in faults}
+    for name in (*COPIED, *built):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.pyc"))
         else:
@@ -95,10 +100,12 @@ def run(copy, *command, limited=True):
     return done.returncode, done.stdout
 
 
-def build(copy, kernels, **options):
-    if kernels:
-        file = emulated.folder("fast").relative_to(ROOT) / "build.ninja"
-        return run(copy, emulated.ninja(), "-f", file, **options)
+def build_emulator(copy, kind):
+    file = emulated.folder(kind).relative_to(ROOT) / "build.ninja"
+    return run(copy, emulated.ninja(), "-f", file)
+
+
+def build_cpu(copy, **options):
     return run(copy, sys.executable, "setup.py", "build_ext", "--inplace", **options)
 
 
@@ -115,7 +122,7 @@ def plant(copy, kernels, fault):
     path.write_text(original.replace(fault.find, fault.replace))
     try:
         if fault.file.startswith("csrc"):
-            code, output = build(copy, kernels)
+            code, output = build_emulator(copy, emulator_of(fault)) if kernels else build_cpu(copy)
             if code:
                 return "BROKEN", output
         code, output = run_tests(copy, kernels, fault.tests)
@@ -132,10 +139,11 @@ def plant(copy, kernels, fault):
 def set_up(copy, kernels, faults):
     """A worker's copy, built, whose tests pass as long as nothing is planted."""
     if kernels:
-        clone(copy)
+        clone(copy, faults)
+        code = 0
     else:
         refresh(copy)
-    code, output = build(copy, kernels, limited=False)  # everything; a fault rebuilds one file
+        code, output = build_cpu(copy, limited=False)  # everything; a fault rebuilds one file
     by_options = {}
     for fault in faults:
         options = tuple(test for test in fault.tests if test.startswith("--"))
@@ -246,7 +254,8 @@ def main():
 
     begin = time.time()
     if options.kernels:
-        emulated.build()
+        for emulator in {emulator_of(fault) for fault in faults}:
+            emulated.build(emulator)
     jobs = max(1, min(options.jobs, len(faults)))
     copies = [COPIES / f"{kind}-{worker}" for worker in range(jobs)]
     # Every worker takes a run of neighbours, so that a file is rarely rebuilt unchanged.

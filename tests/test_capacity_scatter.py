@@ -260,6 +260,24 @@ def test_non_contiguous():
     assert bits_equal(tuple(expected), tuple(actual)) and bits_equal(tuple(expected), tuple(turned))
 
 
+@pytest.mark.parametrize(
+    "name, dim",
+    (("experts", 0), ("experts", 1), ("weights", 0), ("weights", 1), ("padding_mask", 0)),
+)
+def test_strides_past_2_31(name, dim):
+    """Offsets need 64 bits. Of the storage only the values themselves are ever touched."""
+    tensors = dict(experts=torch.tensor([[0, 1], [1, 2]], dtype=torch.int32))
+    tensors["weights"] = torch.tensor([[0.5, 0.25], [0.75, 1.0]], dtype=torch.bfloat16)
+    if name == "padding_mask":
+        tensors[name] = torch.tensor([False, True])
+    near = tensors[name]
+    strides = [1] * near.ndim
+    strides[dim] = 2**31 + 3
+    storage = torch.empty(2**31 + 5, dtype=near.dtype)
+    tensors[name] = storage.as_strided(near.shape, strides).copy_(near)
+    check(num_experts=3, capacity=1, drop_policy="probs", **tensors)
+
+
 def test_inputs_stay_as_they_are_and_need_no_gradient():
     experts, weights = draw_experts(20, 4, 3), torch.rand(20, 3, requires_grad=True)
     before = experts.clone(), weights.clone()

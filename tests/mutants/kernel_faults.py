@@ -58,6 +58,12 @@ fault(
     ROUTE + "test_selection_bias_chooses_and_does_not_weigh",
 )
 fault(
+    "a lane's first choice is its last",
+    "if (chunk == 0) first = mine;",
+    "first = mine;",
+    ROUTE + "test_sizes",
+)
+fault(
     "blocks past the 32nd are not added up",
     "block < p.grid.blocks; block += kWarpSize",
     "block < p.grid.blocks; block += p.grid.blocks",
@@ -69,6 +75,21 @@ fault(
     "  counts[row][column] = count;",
     ROUTE + "test_token_blocks",
     "--emulator-seeds=2",
+)
+
+fault = faults("csrc/cuda/kernels/route_grid.cuh", into=KERNEL_FAULTS)
+fault(
+    "the last block goes on past the last token",
+    "end(begin + grid.tokens_per_block < tokens ? begin + grid.tokens_per_block : tokens)",
+    "end(begin + grid.tokens_per_block + 0 * tokens)",
+    ROUTE + "test_token_blocks",
+)
+fault(
+    "the blocks' long rows overlap",
+    "blockIdx.x * kRows * row_size",
+    "blockIdx.x * row_size",
+    ROUTE + "test_long_rows[dtype1-1100]",
+    CHECKED,
 )
 
 fault = faults("csrc/cuda/kernels/route_row.cuh", into=KERNEL_FAULTS)
@@ -109,6 +130,12 @@ fault(
     "(x == x ? x : -kInfinity<A>)",
     "(x)",
     ROUTE + "test_nan_bias_ranks_last",
+)
+fault(
+    "the best of a group counts as its second best, too",
+    "second = x > first ? first : x > second ? x : second;",
+    "second = x > second ? x : second;",
+    ROUTE + "test_groups",
 )
 fault(
     "groups are scored before all of their keys are there",
@@ -290,6 +317,18 @@ fault(
     "p.padding[a.token * p.padding_stride]",
     "p.padding[a.token]",
     SCATTER + "test_non_contiguous",
+)
+fault(
+    "an id's offset has 32 bits",
+    "const int64_t at = a.token * p.experts_token_stride + a.choice * p.experts_choice_stride;",
+    "const int32_t at = a.token * p.experts_token_stride + a.choice * p.experts_choice_stride;",
+    SCATTER + "test_strides_past_2_31",
+)
+fault(
+    "a token's offset in the mask has 32 bits",
+    "p.padding[a.token * p.padding_stride]",
+    "p.padding[static_cast<int32_t>(a.token * p.padding_stride)]",
+    SCATTER + "test_strides_past_2_31",
 )
 fault(
     "a sequence's last segment runs on into the next sequence",
@@ -490,6 +529,12 @@ fault(
     "  if ((bits & ~sign) > infinity) bits = sign | infinity;\n",
     "",
     SCATTER + "test_weights_of_any_dtype_with_ties_and_nan",
+)
+fault(
+    "a weight's offset has 32 bits",
+    "const int64_t at = a.token * p.weights_token_stride + a.choice * p.weights_choice_stride;",
+    "const int32_t at = a.token * p.weights_token_stride + a.choice * p.weights_choice_stride;",
+    SCATTER + "test_strides_past_2_31",
 )
 fault(
     "-0 is less than 0",
@@ -790,6 +835,20 @@ fault(
     "every expert's weight gradient gathers from the first row",
     "x.index ? x.index + begin : nullptr",
     "x.index",
+)
+
+fault = faults("csrc/cuda/kernels/grouped_gemm_sm80.cu", into=KERNEL_FAULTS)
+fault(
+    "rows that begin between 16 bytes are copied by 16 bytes",
+    "return is_aligned(rows.data) && is_aligned(rows.stride",
+    "return is_aligned(rows.stride",
+    TENSOR_CORES + "test_what_is_not_aligned",
+)
+fault(
+    "float32 is multiplied in tf32, asked or not",
+    "(context.dtype == Dtype::f32 && context.allow_tf32)",
+    "context.dtype == Dtype::f32",
+    TENSOR_CORES + "test_float32_is_not_rounded_unasked",
 )
 
 fault = faults("csrc/cuda/kernels/operand_tiles.cuh", TILE, into=KERNEL_FAULTS)

@@ -156,9 +156,11 @@ def set_up(copy, kernels, faults):
 
 
 def reason(output):
-    """The line that says by what a fault was caught: the failed test, or the emulator's word."""
+    """The line that says by what a fault was caught: the emulator's word, or the failed test."""
+    if said := re.search(r"emulator: .*", output):
+        return said[0]
     lines = output.splitlines()
-    for start in ("FAILED", "ERROR", "emulator:", "E  ", "Fatal"):
+    for start in ("FAILED", "ERROR", "E  ", "Fatal"):
         for line in lines:
             if line.startswith(start):
                 return line

@@ -25,9 +25,9 @@ void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
   const int64_t deepest = std::min(k, kDepthChunkNT), copy_stride = padded<T>(deepest);
   T* panels = scratch + kOctet * copy_stride;
   T* sums = panels + ld_sums * round_up(deepest, lanes);  // c^T
-  // The first panel prefetches the next octet; without one the other tiles share it out.
-  const int64_t tiles = (others + kTileNT - 1) / kTileNT;
-  const int64_t share = vectors > 0 ? 0 : (kOctet + tiles - 1) / std::max<int64_t>(tiles, 1);
+  // Of few rows memory is the limit: they read weights where they lie, in one or two tall tiles.
+  const bool few = vectors == 0 && others <= 2 * kTallTileNT;
+  const int64_t tallest = few ? kTallTileNT : kTileNT;
   for (int64_t k0 = 0; k0 < k; k0 += kDepthChunkNT) {
     const int64_t depth = std::min(kDepthChunkNT, k - k0), whole = round_up(depth, lanes);
     const bool adds = k0 > 0;
@@ -40,20 +40,10 @@ void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
       const int64_t count = std::min<int64_t>(kOctet, n1 - n), stride_n = w.stride_n;
       const S* source = static_cast<const S*>(w.data) + n * stride_n + k0;
       const char* next = reinterpret_cast<const char*>(source + kOctet * stride_n);
-      // Whole weights of T, or any that a single tile needs, are read where they lie; others
-      // through a converted copy, padded with zeros.
-      const bool is_whole = count == kOctet && whole == depth;
-      const bool direct = is_whole && vectors == 0 && tiles == 1;
-      const T* weight = scratch;
-      int64_t stride = copy_stride;
-      bool in_place = direct;
-      if constexpr (__is_same(S, T)) {
-        if (is_whole) {
-          weight = source;
-          stride = stride_n;
-          in_place = true;
-        }
-      }
+      // Whole weights of T, or any for tiles that convert as they read, are taken from where
+      // they lie; others through a converted copy, padded with zeros.
+      constexpr bool same = __is_same(S, T);
+      const bool in_place = count == kOctet && whole == depth && (same || few);
       if (!in_place) {
         for (int64_t r = 0; r < kOctet; ++r) {
           const int64_t filled = r < count ? depth : 0;
@@ -61,6 +51,8 @@ void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
           std::fill(scratch + r * copy_stride + filled, scratch + r * copy_stride + whole, T(0));
         }
       }
+      const T* weight = same && in_place ? reinterpret_cast<const T*>(source) : scratch;
+      const int64_t stride = same && in_place ? stride_n : copy_stride;
       T* column_sums = sums + (n - n0) * ld_sums;
       for_even_tiles(vectors, kPanelVectors, [&](int64_t first, int64_t width, int64_t tile) {
         const int64_t row = first * lanes;
@@ -72,19 +64,22 @@ void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
         });
       });
       T* column = c + in_panels * ldc + (n - n0);
-      for_even_tiles(others, kTileNT, [&](int64_t row, int64_t height, int64_t tile) {
-        const int64_t first = tile * share;
-        const Prefetch ahead = {next + first % kOctet * stride_n * one, stride_n * one,
-                                first < kOctet ? share : 0, lanes * one};
+      for_even_tiles(others, tallest, [&](int64_t row, int64_t height, int64_t tile) {
+        const Prefetch ahead = {next, stride_n * one, kOctet, lanes * one};
         const T* rows = a + (in_panels + row) * lda + k0;
-        with_height<kTileNT>(height, [&](auto h) {
-          T* to = column + row * ldc;
-          if (direct) {
-            nt_tile<T, h, false>(to, ldc, adds, rows, lda, source, stride_n, whole, ahead);
-          } else if (share == 1) {
-            nt_tile<T, h, true>(to, ldc, adds, rows, lda, weight, stride, whole, ahead);
+        T* to = column + row * ldc;
+        const auto take = [&](auto h, auto prefetches) {
+          if (in_place) {
+            nt_tile<T, h, prefetches>(to, ldc, adds, rows, lda, source, stride_n, whole, ahead);
           } else {
-            nt_tile<T, h, false>(to, ldc, adds, rows, lda, weight, stride, whole, ahead);
+            nt_tile<T, h, prefetches>(to, ldc, adds, rows, lda, weight, stride, whole, ahead);
+          }
+        };
+        with_height<kTallTileNT>(height, [&](auto h) {
+          if (vectors == 0 && tile == 0) {
+            take(h, std::true_type());
+          } else {
+            take(h, std::false_type());
           }
         });
       });

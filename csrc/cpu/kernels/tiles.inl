@@ -126,33 +126,34 @@ void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, con
   }
 }
 
-// OneAhead says that ahead.rows is 1, which costs nothing; any other number is for tiles so
-// few that memory is the limit.
-template <class T, int M, bool OneAhead, class S>
+// More rows than registers have accumulators for take the weights' rows in two halves.
+template <class T, int M, bool Prefetches, class S>
 void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const S* w, int64_t ldw,
              int64_t k, Prefetch ahead) {
-  constexpr int lanes = Simd<T>::lanes;
+  constexpr int lanes = Simd<T>::lanes, at_once = M > kTileNT ? kOctet / 2 : kOctet;
   V<T> sum[M][kOctet];
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < kOctet; ++r) sum[m][r] = V<T>{};
-  const S *w0 = w, *w3 = w + 3 * ldw, *w6 = w + 6 * ldw;  // as in panel_tile
-  for (int64_t i = 0; i < k; i += lanes) {
-    if (OneAhead) {
-      __builtin_prefetch(ahead.at, 0, 2);
-    } else {
-      for (int64_t r = 0; r < ahead.rows; ++r)
-        __builtin_prefetch(ahead.at + r * ahead.row_stride, 0, 2);
-    }
-    ahead.at += ahead.step;
-    V<T> x[M];
-    for (int m = 0; m < M; ++m) x[m] = load(a + m * lda);
+#pragma GCC unroll 2
+  for (int first = 0; first < kOctet; first += at_once) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kOctet; ++r) {
-      V<T> weight = load_as<T>((r < 3 ? w0 : r < 6 ? w3 : w6) + r % 3 * ldw);
-      if (M > 1) MOE_KEEP_IN_REGISTER(weight);
-      for (int m = 0; m < M; ++m) sum[m][r] += x[m] * weight;
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < at_once; ++r) sum[m][first + r] = V<T>{};
+    const S *w0 = w + first * ldw, *w3 = w0 + 3 * ldw, *w6 = w0 + 6 * ldw;  // as in panel_tile
+    const char* next = ahead.at + first * ahead.row_stride;
+    for (int64_t i = 0; i < k; i += lanes) {
+#pragma GCC unroll 8
+      for (int r = 0; r < (Prefetches ? at_once : 0); ++r)
+        __builtin_prefetch(next + r * ahead.row_stride, 0, 2);
+      next += ahead.step;
+      V<T> x[M];
+      for (int m = 0; m < M; ++m) x[m] = load(a + m * lda + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < at_once; ++r) {
+        V<T> weight = load_as<T>((r < 3 ? w0 : r < 6 ? w3 : w6) + r % 3 * ldw);
+        if (M > 1) MOE_KEEP_IN_REGISTER(weight);
+        for (int m = 0; m < M; ++m) sum[m][first + r] += x[m] * weight;
+      }
+      w0 += lanes, w3 += lanes, w6 += lanes;
     }
-    a += lanes, w0 += lanes, w3 += lanes, w6 += lanes;
   }
   for (int m = 0; m < M; ++m) sum_lanes(sum[m], c + m * ldc, accumulate);
 }

@@ -10,6 +10,7 @@ from oracle import assert_matches, draw_experts, unit
 
 pytest.importorskip("transformers")
 
+import paths  # noqa: E402
 from transformers import MixtralConfig, MixtralForCausalLM  # noqa: E402
 from transformers.activations import ACT2FN  # noqa: E402
 from transformers.integrations.moe import (  # noqa: E402
@@ -39,20 +40,10 @@ def registered():
 
 
 @pytest.fixture
-def paths(monkeypatch):
-    """Which way every call of the experts function went: "fused" or "called"."""
-    taken = []
-    for name, path in dict(
-        moe_forward="fused", grouped_ffn="fused", called_ffn="called"
-    ).items():  # fmt: skip
-        function = getattr(experts_module, name)
-
-        def spy(*args, function=function, path=path, **kwargs):
-            taken.append(path)
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(experts_module, name, spy)
-    return taken
+def taken():
+    """Which way every call of the experts function went."""
+    with paths.recorded() as taken:
+        yield taken
 
 
 # ---- experts as transformers has them ------------------------------------------------
@@ -173,13 +164,13 @@ CALLED = {
 @pytest.mark.parametrize("has_bias", (False, True))
 @pytest.mark.parametrize("is_transposed", (False, True))
 @pytest.mark.parametrize("gate", (*GATES, *CALLED))
-def test_layouts_and_gates(gate, is_transposed, has_bias, has_post_expert_norm, paths):
+def test_layouts_and_gates(gate, is_transposed, has_bias, has_post_expert_norm, taken):
     experts = make(
         **(GATES | CALLED)[gate], is_transposed=is_transposed, has_bias=has_bias,
         has_post_expert_norm=has_post_expert_norm,
     )  # fmt: skip
     assert_as_eager(experts, draw(experts))
-    assert paths == ["called" if gate in CALLED else "fused"]
+    assert taken == ["called" if gate in CALLED else "fused"]
 
 
 # ---- the registry --------------------------------------------------------------------
@@ -199,14 +190,14 @@ def tiny_mixtral(**config):
     )  # fmt: skip
 
 
-def test_from_pretrained(tmp_path, paths):
+def test_from_pretrained(tmp_path, taken):
     tiny_mixtral().save_pretrained(tmp_path)
     model = MixtralForCausalLM.from_pretrained(tmp_path, experts_implementation="moe_ext")
     logits = model(torch.arange(7)[None]).logits
-    assert paths == ["fused"] * 2
+    assert taken == ["fused"] * 2
     model.set_experts_implementation("eager")
     torch.testing.assert_close(model(torch.arange(7)[None]).logits, logits)
-    assert paths == ["fused"] * 2
+    assert taken == ["fused"] * 2
     model.set_experts_implementation("moe_ext")
     assert torch.equal(model(torch.arange(7)[None]).logits, logits)
 

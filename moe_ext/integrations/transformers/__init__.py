@@ -6,8 +6,8 @@
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_ext")
     # or, on a model that is loaded: model.set_experts_implementation("moe_ext")
 
-Proven with transformers 5.23.0. Importing this package imports transformers; importing moe_ext
-does not.
+Proven with transformers 5.23.0, every MoE model of it: tests/integrations/results/conformance.md.
+Importing this package imports transformers; importing moe_ext does not.
 """
 
 from ._version import check_transformers

@@ -46,7 +46,6 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     """
     up, up_bias, down, down_bias = parameters_of(self)
     x = hidden_states.to(up.dtype)
-    weights = top_k_weights.to(accumulation_dtype(x.dtype))
     plan = capacity_scatter(top_k_index, self.num_experts)
     options = fused_options(self, x.dtype)
     if options is None:
@@ -54,10 +53,12 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     elif self.has_post_expert_norm:
         rows = grouped_ffn(x, plan, up, down, up_bias, down_bias, **options)
     else:
+        weights = top_k_weights.to(accumulation_dtype(x.dtype))
         y = moe_forward(x, weights, plan, up, down, up_bias, down_bias, **options)
         return y.to(hidden_states.dtype)
     if self.has_post_expert_norm:
         rows = self.post_expert_norm(rows)
+    weights = top_k_weights.to(accumulation_dtype(rows.dtype))
     return weighted_combine(rows, weights, plan).to(hidden_states.dtype)
 
 

@@ -663,3 +663,68 @@ fault(
 fault("a float32 router is rounded", "if dtype is None:  # a router", "if False:  # a router")
 fault("what is left over goes unnoticed", "    if rest:", "    if rest and not prefix:")
 fault("the first of several layers is taken", "if len(found) == 1:", "if found:")
+
+# ---- blocks of transformers ------------------------------------------------------
+
+BLOCKS = "moe_ext/integrations/transformers/blocks"
+BLOCK_TESTS = "tests/integrations/test_blocks.py"
+
+fault = faults(f"{BLOCKS}/base.py", BLOCK_TESTS)
+fault(
+    "frozen experts are trained",
+    "nn.Parameter(some.new_empty(shape), some.requires_grad)",
+    "nn.Parameter(some.new_empty(shape))",
+)
+fault("dropout also when evaluating", "if self.training and p > 0:", "if p > 0:")
+fault("no dropout within experts", "if self.training and p > 0:", "if False:")
+fault(
+    "the weights of before come back",
+    "parameter.copy_(views[name].reshape(parameter.shape))",
+    "parameter.zero_()",
+)
+fault = faults(f"{BLOCKS}/switch_transformers.py", BLOCK_TESTS)
+fault(
+    "dropped tokens go to expert 0",
+    "torch.where(dropped, self.num_experts, ",
+    "torch.where(dropped, 0, ",
+)
+fault = faults(f"{BLOCKS}/nllb_moe.py", BLOCK_TESTS)
+fault("token dropout is forgotten when evaluating", "weights * (1 - p))", "weights)")
+fault(
+    "first and second choice are exchanged",
+    "(router_mask, 1 - router_mask), 1)",
+    "(1 - router_mask, router_mask), 1)",
+)
+fault = faults(f"{BLOCKS}/dbrx.py", BLOCK_TESTS)
+fault("gate and up are exchanged", '"mlp.w1": gate, "mlp.v1": up', '"mlp.w1": up, "mlp.v1": gate')
+fault = faults(f"{BLOCKS}/jetmoe.py", BLOCK_TESTS)
+fault("the block's bias is forgotten", "weights) + self.bias", "weights)")
+fault(
+    "softmax over all experts",
+    "torch.softmax(top_k_logits, dim=1)",
+    "torch.softmax(logits, dim=1).gather(1, top_k_index)",
+)
+fault = faults(f"{BLOCKS}/llama4.py", BLOCK_TESTS)
+fault(
+    "the score scales what comes out",
+    "(tokens[:, None] * scores[..., None]).flatten(0, 1)",
+    "tokens[:, None].expand(*scores.shape, -1).flatten(0, 1)",
+)
+fault = faults(f"{BLOCKS}/longcat_flash.py", BLOCK_TESTS)
+fault(
+    "identity experts give nothing",
+    "return routed + (hidden_states * identity).to(routed.dtype)",
+    "return routed",
+)
+fault = faults(f"{BLOCKS}/step3p7.py", BLOCK_TESTS)
+fault(
+    "no layer is clamped",
+    "if module.limit == math.inf else ClampedExperts",
+    "if module.limit else ClampedExperts",
+)
+fault = faults(f"{BLOCKS}/__init__.py", BLOCK_TESTS)
+fault(
+    "some blocks are replaced before another is refused",
+    "    for name, (module, ours) in chosen.items():\n        _check(name, module, ours)\n    for module, ours in chosen.values():\n",
+    "    for name, (module, ours) in chosen.items():\n        _check(name, module, ours)\n",
+)

@@ -6,6 +6,8 @@
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_ext")
     # or, on a model that is loaded: model.set_experts_implementation("moe_ext")
 
+Blocks outside of its registry (Switch, NLLB-MoE, DBRX, JetMoe, Llama 4, ...): `replace(model)`.
+
 Proven with transformers 5.23.0, every MoE model of it: tests/integrations/results/conformance.md.
 Importing this package imports transformers; importing moe_ext does not.
 """
@@ -14,6 +16,7 @@ from ._version import check_transformers
 
 check_transformers()
 
+from .blocks import replace, restore  # noqa: E402
 from .experts import register  # noqa: E402
 
-__all__ = ["register"]
+__all__ = ["register", "replace", "restore"]

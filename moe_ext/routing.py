@@ -135,7 +135,6 @@ def renormalize_after_drop(weights, assignment_row):
     return kept * torch.where(lost, 0.0, scale)
 
 
-@torch.no_grad()
 def update_router_biases(model, process_group=None):
     """Loss-free balancing: moves the selection biases against the load since the last call.
 
@@ -155,17 +154,31 @@ def update_router_biases(model, process_group=None):
     from .moe import MoE
 
     layers = [m for m in model.modules() if isinstance(m, MoE) and m.bias_update_rate > 0]
+    move_biases(
+        [(m._stats, m.bias_update_rate, m.gate.e_score_correction_bias) for m in layers],
+        process_group,
+    )
+
+
+@torch.no_grad()
+def move_biases(layers, process_group=None):
+    """`update_router_biases` for [(RoutingStats, bias_update_rate, bias (E) float32)]."""
     if not layers:
         return
-    device = layers[0].gate.weight.device
-    counts = torch.cat([layer._stats.step_counts.to(device) for layer in layers])
-    if process_group is not None or (dist.is_available() and dist.is_initialized()):
+    device = layers[0][2].device
+    counts = torch.cat([stats.step_counts.to(device) for stats, _, _ in layers])
+    if reduces(process_group):
         dist.all_reduce(counts, group=process_group)
-    for layer, n in zip(layers, counts.split([layer.num_experts for layer in layers])):
+    for (stats, rate, bias), n in zip(layers, counts.split([b.numel() for _, _, b in layers])):
         n = n.double()
-        step = layer.bias_update_rate * torch.sign(n.mean() - n)
-        layer.gate.e_score_correction_bias += step.to(layer.gate.e_score_correction_bias)
-        layer._stats.step_counts.zero_()
+        step = rate * torch.sign(n.mean() - n)
+        bias += step.to(bias).view_as(bias)
+        stats.step_counts.zero_()
+
+
+def reduces(process_group):
+    """Whether there are other processes to sum with."""
+    return process_group is not None or (dist.is_available() and dist.is_initialized())
 
 
 def update_router_biases_on_step(optimizer, model, process_group=None):

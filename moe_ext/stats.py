@@ -9,6 +9,7 @@ that activation checkpointing repeats counts once.
 import math
 
 import torch
+import torch.distributed as dist
 
 from . import reference
 from ._load import BACKEND
@@ -68,16 +69,40 @@ class RoutingStats:
             assignment_row, padding_mask, score_function,
         )  # fmt: skip
 
-    @torch.no_grad()
     def read(self, reset):
-        # One transfer: counts stay exact in float64 up to 2^53.
-        packed = torch.cat((self.counts.double(), self.score_sums, self.totals)).cpu()
-        if reset:
-            for tensor in (self.counts, self.score_sums, self.totals):
+        return read_all([self], reset)[0]
+
+
+@torch.no_grad()
+def read_all(layers, reset=False, reduce=False, process_group=None):
+    """[the dict of `MoE.stats`] of several `RoutingStats`; over all ranks with `reduce`.
+
+    One transfer, and two all-reduces of some floats an expert, whatever the number of layers.
+    """
+    device = layers[0].counts.device
+    # Counts stay exact in float64 up to 2^53.
+    kept = [(s.counts.double(), s.score_sums, s.totals) for s in layers]
+    packed = torch.cat([tensor.to(device) for tensors in kept for tensor in tensors])
+    sizes = [len(tensor) for tensors in kept for tensor in tensors]
+    if reduce:
+        totals = packed.split(sizes)[2::3]
+        largest = torch.stack(
+            [torch.where(t[FORWARDS] > 0, t[MAX_LOGIT], -math.inf) for t in totals]
+        )
+        dist.all_reduce(packed, group=process_group)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, process_group)
+        for total, maximum in zip(totals, largest):
+            total[MAX_LOGIT] = maximum
+    packed = packed.cpu()
+    if reset:
+        for stats in layers:
+            for tensor in (stats.counts, stats.score_sums, stats.totals):
                 tensor.zero_()
-        num_experts = len(self.counts)
-        load, score_sums, totals = packed.split((num_experts, num_experts, 7))
-        return summarize(load, score_sums, totals.tolist())
+    parts = packed.split(sizes)
+    return [
+        summarize(load, score_sums, totals.tolist())
+        for load, score_sums, totals in zip(parts[::3], parts[1::3], parts[2::3])
+    ]
 
 
 def summarize(load, score_sums, totals):

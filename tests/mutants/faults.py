@@ -728,3 +728,34 @@ fault(
     "    for name, (module, ours) in chosen.items():\n        _check(name, module, ours)\n    for module, ours in chosen.values():\n",
     "    for name, (module, ours) in chosen.items():\n        _check(name, module, ours)\n",
 )
+
+# ---- routing health ---------------------------------------------------------------
+
+fault = faults("moe_ext/integrations/transformers/health.py", "tests/integrations/test_health.py")
+fault(
+    "sentinels count for the last expert",
+    "clamp(max=num_experts)",
+    "clamp(max=num_experts - 1)",
+)
+fault("drops are not counted", 'if getattr(experts, "sentinels_are_drops", False):', "if False:")
+fault("evaluation moves the biases", '"softmax", experts.training)', '"softmax", True)')
+fault("warns again", "self.warned.add((name, problem))", "pass")
+fault("warns of a handful of tokens", "< 32 * len(", "< 0 * len(")
+fault("a drop rate that is high from the start rises", 'drops > 2 * best["drop_rate"]', "drops > 0")
+fault(
+    "logs of an evaluation start a new window",
+    'or any(key.startswith("eval_") for key in logs)',
+    "",
+)
+fault = faults("moe_ext/stats.py", "tests/integrations/test_health.py::test_sums_over_ranks")
+fault(
+    "the largest logit is summed over ranks",
+    "            total[MAX_LOGIT] = maximum\n",
+    "            pass\n",
+)
+fault = faults("moe_ext/routing.py", "tests/integrations/test_health.py::test_sums_over_ranks")
+fault(
+    "every rank moves its biases by itself",
+    "    if reduces(process_group):\n        dist.all_reduce(counts",
+    "    if False:\n        dist.all_reduce(counts",
+)

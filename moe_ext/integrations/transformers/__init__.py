@@ -7,6 +7,7 @@
     # or, on a model that is loaded: model.set_experts_implementation("moe_ext")
 
 Blocks outside of its registry (Switch, NLLB-MoE, DBRX, JetMoe, Llama 4, ...): `replace(model)`.
+In training: `RoutingHealth`, or `RoutingCallback` in a Trainer.
 
 Proven with transformers 5.23.0, every MoE model of it: tests/integrations/results/conformance.md.
 Importing this package imports transformers; importing moe_ext does not.
@@ -18,5 +19,6 @@ check_transformers()
 
 from .blocks import replace, restore  # noqa: E402
 from .experts import register  # noqa: E402
+from .health import RoutingCallback, RoutingHealth  # noqa: E402
 
-__all__ = ["register", "replace", "restore"]
+__all__ = ["RoutingCallback", "RoutingHealth", "register", "replace", "restore"]

@@ -10,6 +10,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ...functional import capacity_scatter, grouped_ffn, moe_forward, weighted_combine
 from ...reference import accumulation_dtype
 from .gates import fused_options
+from .health import observe
 from .unfused import called_ffn
 
 
@@ -47,6 +48,7 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     up, up_bias, down, down_bias = parameters_of(self)
     x = hidden_states.to(up.dtype)
     plan = capacity_scatter(top_k_index, self.num_experts)
+    observe(self, top_k_index)
     options = fused_options(self, x.dtype)
     if options is None:
         rows = called_ffn(self, x, plan, up, down, up_bias, down_bias)

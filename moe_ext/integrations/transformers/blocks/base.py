@@ -22,6 +22,8 @@ class Replacement:
     is_transposed = False
     is_concatenated = True
     has_post_expert_norm = False
+    computes_experts = True  # rather than calling a module that does
+    sentinels_are_drops = False  # whether an id >= num_experts is what its router dropped
 
     _apply_gate = _default_apply_gate
     forward = experts_forward

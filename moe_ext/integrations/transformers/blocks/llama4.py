@@ -14,6 +14,7 @@ class Experts(Replacement, Llama4TextExperts):
 
 
 class MoE(Replacement, Llama4TextMoe):
+    computes_experts = False
     forward_arguments = ("self", "hidden_states")
 
     def forward(self, hidden_states):

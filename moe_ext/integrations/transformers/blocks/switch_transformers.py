@@ -11,6 +11,7 @@ from .base import PerExpert
 
 class Experts(PerExpert, SwitchTransformersExperts):
     forward_arguments = ("self", "hidden_states", "selected_experts", "routing_weights")
+    sentinels_are_drops = True
     names = {"up_proj": "wi.weight", "down_proj": "wo.weight"}
 
     def forward(self, hidden_states, selected_experts, routing_weights):

@@ -105,8 +105,9 @@ void for_items(int64_t items, int64_t work, int64_t scratch_elements, Body body)
 // ---- cutting up
 
 // Rows begin..end of one expert: as many as leave room in a core's cache for weights.
+// `place` counts the rows of the blocks before it, each rounded up to whole kRowUnits.
 struct RowBlock {
-  int64_t expert, begin, end;
+  int64_t expert, begin, end, place;
 };
 
 template <class T>
@@ -116,6 +117,7 @@ std::vector<RowBlock> row_blocks(const Experts& experts) {
   const int64_t share = experts.kept / (2 * at::get_num_threads());
   const int64_t most = std::clamp<int64_t>(std::min(fit, share), 32, kRowChunk);
   std::vector<RowBlock> blocks;
+  int64_t place = 0;
   const int32_t* offsets = experts.offsets();
   for (int64_t e = 0; e < experts.experts; ++e) {
     const int64_t begin = offsets[e], count = offsets[e + 1] - begin;
@@ -124,7 +126,8 @@ std::vector<RowBlock> row_blocks(const Experts& experts) {
       const auto cut = [&](int64_t at) {
         return begin + (at < pieces ? count * at / pieces / kRowUnit * kRowUnit : count);
       };
-      blocks.push_back({e, cut(i), cut(i + 1)});
+      blocks.push_back({e, cut(i), cut(i + 1), place});
+      place += (cut(i + 1) - cut(i) + kRowUnit - 1) / kRowUnit * kRowUnit;
     }
   }
   // The largest first, so that no thread ends on a large one alone.
@@ -211,66 +214,72 @@ template <class T>
 void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_stride, void* kept) {
   const Kernels<T>& k = kernels<T>();
   const int64_t hidden = call.hidden, intermediate = call.intermediate;
-  const bool gated = call.spec.gated, alike = call.batch_invariant;
+  const bool gated = call.spec.gated;
   const std::vector<RowBlock> blocks = row_blocks<T>(call);
   const int64_t height = most_rows(blocks);
-  const int64_t lda = padded<T>(intermediate);
-  const at::Tensor activations = workspace<T>(call.kept * lda);
+  // Rows are turned over where both weights' rows run along the sums, unless all must be
+  // summed alike.
+  const auto turned_of = [&](int64_t m) {
+    const bool along = call.up_proj.stride(call.transposed ? 1 : 2) == 1 &&
+                       call.down_proj.stride(call.transposed ? 1 : 2) == 1;
+    return along && !call.batch_invariant ? k.turned_rows(m) : 0;
+  };
+  const at::Tensor activations = workspace<T>(blocks.size() * kRowUnit * padded<T>(intermediate) +
+                                              block_size<T>(call.kept, intermediate));
+  const auto activations_of = [&](const RowBlock& block) {
+    return data<T>(activations) + block_size<T>(block.place, intermediate);
+  };
   const at::Tensor up_bias = in_compute_type<T>(call.up_bias);
   const at::Tensor down_bias = in_compute_type<T>(call.down_bias);
   const int32_t* row_token = call.row_token.const_data_ptr<int32_t>();
 
   const ColumnBlocks up(intermediate, height, 64, blocks.size());
-  const int64_t x_size = height * padded<T>(hidden), c_size = height * padded<T>(up.widest());
+  const int64_t x_size = block_size<T>(height, hidden), c_size = block_size<T>(height, up.widest());
   for_items<T>(
       blocks.size() * up.groups, call.kept * call.width * hidden,
       x_size + 2 * c_size + k.matmul_scratch(height, hidden, up.widest()),
       [&](T* scratch, int64_t item) {
-        const auto [e, begin, end] = blocks[item / up.groups];
-        const int64_t m = end - begin;
+        const RowBlock& block = blocks[item / up.groups];
+        const auto [e, begin, end, _] = block;
+        const int64_t m = end - begin, turned = turned_of(m);
         T *x = scratch, *gate = x + x_size, *linear = gate + c_size, *rest = linear + c_size;
-        k.load_rows(x, {call.x.const_data_ptr(), call.dtype, call.x.stride(0), row_token + begin},
-                    m, hidden);
+        k.load_block(x, {call.x.const_data_ptr(), call.dtype, call.x.stride(0), row_token + begin},
+                     m, turned, hidden);
         const bool interleaved = call.spec.interleaved;
         const Weight w_gate = weight_of(call, call.up_proj, e, 0, interleaved ? 2 : 1, false);
         const Weight w_up = gated ? weight_of(call, call.up_proj, e, interleaved ? 1 : intermediate,
                                               interleaved ? 2 : 1, false)
                                   : Weight{};
         up.for_blocks(item % up.groups, [&](int64_t i0, int64_t i1) {
-          k.matmul(gate, x, padded<T>(hidden), m, w_gate, hidden, i0, i1, rest, alike);
-          if (gated) k.matmul(linear, x, padded<T>(hidden), m, w_up, hidden, i0, i1, rest, alike);
+          k.matmul_block(gate, x, m, turned, w_gate, hidden, i0, i1, rest);
+          if (gated) k.matmul_block(linear, x, m, turned, w_up, hidden, i0, i1, rest);
           void* kept_rows =
               kept ? static_cast<char*>(kept) + begin * call.width * size_of(call.dtype) : nullptr;
-          k.activate(data<T>(activations) + begin * lda, lda, gate, gated ? linear : nullptr,
-                     padded<T>(i1 - i0), m, i0, i1, intermediate, call.spec,
-                     up_bias.defined() ? data<T>(up_bias) + e * call.width : nullptr, kept_rows,
-                     call.dtype, call.width);
+          k.activate_block(activations_of(block), gate, gated ? linear : nullptr, m, turned, i0, i1,
+                           intermediate, call.spec,
+                           up_bias.defined() ? data<T>(up_bias) + e * call.width : nullptr,
+                           kept_rows, call.dtype, call.width);
         });
       });
 
   const ColumnBlocks down(hidden, height, 64, blocks.size());
-  const int64_t y_size = height * padded<T>(down.widest());
-  for_items<T>(blocks.size() * down.groups, call.kept * intermediate * hidden,
-               y_size + k.matmul_scratch(height, intermediate, down.widest()),
-               [&](T* scratch, int64_t item) {
-                 const auto [e, begin, end] = blocks[item / down.groups];
-                 const int64_t m = end - begin;
-                 T *c = scratch, *rest = c + y_size;
-                 const Weight w = weight_of(call, call.down_proj, e, 0, 1, false);
-                 down.for_blocks(item % down.groups, [&](int64_t h0, int64_t h1) {
-                   const int64_t ldc = padded<T>(h1 - h0);
-                   k.matmul(c, data<T>(activations) + begin * lda, lda, m, w, intermediate, h0, h1,
-                            rest, alike);
-                   if (down_bias.defined()) {
-                     const T* bias = data<T>(down_bias) + e * hidden + h0;
-                     for (int64_t r = 0; r < m; ++r)
-                       for (int64_t h = 0; h < h1 - h0; ++h) c[r * ldc + h] += bias[h];
-                   }
-                   k.store_rows(
-                       static_cast<char*>(out) + (begin * out_stride + h0) * size_of(out_dtype),
-                       out_dtype, out_stride, c, ldc, m, h1 - h0);
-                 });
-               });
+  const int64_t y_size = block_size<T>(height, down.widest());
+  for_items<T>(
+      blocks.size() * down.groups, call.kept * intermediate * hidden,
+      y_size + k.matmul_scratch(height, intermediate, down.widest()),
+      [&](T* scratch, int64_t item) {
+        const RowBlock& block = blocks[item / down.groups];
+        const auto [e, begin, end, _] = block;
+        const int64_t m = end - begin, turned = turned_of(m);
+        T *c = scratch, *rest = c + y_size;
+        const Weight w = weight_of(call, call.down_proj, e, 0, 1, false);
+        down.for_blocks(item % down.groups, [&](int64_t h0, int64_t h1) {
+          k.matmul_block(c, activations_of(block), m, turned, w, intermediate, h0, h1, rest);
+          k.store_block(static_cast<char*>(out) + (begin * out_stride + h0) * size_of(out_dtype),
+                        out_dtype, out_stride, c, m, turned, h1 - h0,
+                        down_bias.defined() ? data<T>(down_bias) + e * hidden + h0 : nullptr);
+        });
+      });
 }
 template void ffn_forward<float>(const Experts&, void*, Dtype, int64_t, void*);
 template void ffn_forward<double>(const Experts&, void*, Dtype, int64_t, void*);
@@ -345,7 +354,7 @@ FfnGradients ffn_backward(const Experts& call, Rows upstream, const T* weight, T
   const bool want_rows = want_x || want_up || want_down || want_up_bias || score;
   for_items<T>(want_rows ? blocks.size() : 0, call.kept * width * hidden,
                dy_size + c_size + matmul_scratch, [&](T* scratch, int64_t item) {
-                 const auto [e, begin, end] = blocks[item];
+                 const auto [e, begin, end, _] = blocks[item];
                  const int64_t m = end - begin;
                  T *dy = scratch, *c = dy + dy_size, *rest = c + c_size;
                  k.load_rows(dy, rows_from(upstream, begin), m, hidden);
@@ -363,7 +372,7 @@ FfnGradients ffn_backward(const Experts& call, Rows upstream, const T* weight, T
                                  begin * width * size_of(call.dtype);
                  T *my_dh = data<T>(dh) + begin * ld_dh, *my_wa = data<T>(wa) + begin * ld_wa;
                  up.for_blocks(0, [&](int64_t i0, int64_t i1) {
-                   k.matmul(c, dy, padded<T>(hidden), m, w_down, hidden, i0, i1, rest, false);
+                   k.matmul(c, dy, padded<T>(hidden), m, w_down, hidden, i0, i1, rest);
                    for (int64_t s0 = i0; s0 < i1; s0 += kActivateColumns) {
                      k.activate_backward(
                          my_dh, ld_dh, my_wa, ld_wa, score ? score + begin : nullptr, c + (s0 - i0),
@@ -375,7 +384,7 @@ FfnGradients ffn_backward(const Experts& call, Rows upstream, const T* weight, T
                  if (!want_x) return;
                  const Weight w_up = weight_of(call, call.up_proj, e, 0, 1, true);
                  down.for_blocks(0, [&](int64_t h0, int64_t h1) {
-                   k.matmul(c, my_dh, ld_dh, m, w_up, width, h0, h1, rest, false);
+                   k.matmul(c, my_dh, ld_dh, m, w_up, width, h0, h1, rest);
                    k.store_rows(data<T>(dx_rows) + begin * ld_dx + h0, compute, ld_dx, c,
                                 padded<T>(h1 - h0), m, h1 - h0);
                  });

@@ -445,14 +445,14 @@ fault(
 )
 fault(
     "the last row of an expert's second block is left out",
-    "cut(i), cut(i + 1)});",
-    "cut(i), cut(i + 1) - (i > 0)});",
+    "cut(i), cut(i + 1), place});",
+    "cut(i), cut(i + 1) - (i > 0), place});",
     GROUPED + "test_rows_an_expert",
 )
 fault(
     "every expert adds the first one's bias",
-    "const T* bias = data<T>(down_bias) + e * hidden + h0;",
-    "const T* bias = data<T>(down_bias) + h0;",
+    "down_bias.defined() ? data<T>(down_bias) + e * hidden + h0 : nullptr);",
+    "down_bias.defined() ? data<T>(down_bias) + h0 : nullptr);",
     GROUPED + "test_many_experts",
 )
 fault(
@@ -487,9 +487,35 @@ fault(
 )
 fault(
     "the preactivations are kept before the bias",
-    "up_bias.defined() ? data<T>(up_bias) + e * call.width : nullptr, kept_rows,",
-    "nullptr, kept_rows,",
+    "up_bias.defined() ? data<T>(up_bias) + e * call.width : nullptr,",
+    "nullptr,",
     "tests/test_grouped_ffn.py::TestOperator::test_preactivations",
+)
+fault(
+    "batch_invariant is forgotten",
+    "along && !call.batch_invariant",
+    "along",
+    GROUPED + "test_batch_invariant",
+)
+
+fault = faults("csrc/cpu/kernels/block.inl")
+fault(
+    "panels: the second chunk of columns lies over the first",
+    "(k0 * vectors + depth * first",
+    "(k0 + depth * first",
+    GROUPED + "test_sizes",
+)
+fault(
+    "rows are turned over without their last columns",
+    "convert_in(part, from[i] + k, count);",
+    "",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
+    "turned rows add the first columns' bias to all",
+    "v[i], bias ? bias + n : nullptr",
+    "v[i], bias",
+    GROUPED + "test_rows_an_expert",
 )
 
 fault = faults("csrc/cpu/kernels/gemm.inl")
@@ -501,15 +527,9 @@ fault(
 )
 fault(
     "the rows that panels leave over are forgotten",
-    "others = m - in_panels;",
-    "others = in_panels > 0 ? 0 : m;",
+    "m - turned, w, k,",
+    "turned > 0 ? 0 : m, w, k,",
     GROUPED + "test_rows_an_expert",
-)
-fault(
-    "batch_invariant is forgotten",
-    "rows_alike ? 0 : rows_in_panels<T>(m)",
-    "rows_in_panels<T>(m)",
-    GROUPED + "test_batch_invariant",
 )
 fault(
     "weights across k: a chunk of k forgets the ones before",
@@ -549,6 +569,12 @@ fault(
     "",
     GROUPED + "test_sizes",
 )
+fault(
+    "a tall tile takes the first half of the weights' rows alone",
+    "first < kOctet; first += at_once",
+    "first < at_once; first += at_once",
+    GROUPED + "test_few_tokens",
+)
 
 fault = faults("csrc/cpu/kernels/activation.inl")
 fault(
@@ -570,9 +596,21 @@ fault(
     GROUPED + "test_layouts_and_clamps",
 )
 fault(
+    "preactivations of turned rows all go to the first ones",
+    "(r + j) * stride * size_of(dtype)",
+    "j * stride * size_of(dtype)",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
+    "preactivations of the rows not turned over go to the first ones",
+    "static_cast<char*>(kept) + turned * stride * size_of(dtype)",
+    "static_cast<char*>(kept)",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
     "up is not clamped below",
-    "          v = v < -limit ? -limit : v;",
-    "",
+    "  v = v < -limit ? -limit : v;\n  return",
+    "  return",
     GROUPED + "test_layouts_and_clamps",
 )
 fault(

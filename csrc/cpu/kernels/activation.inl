@@ -63,14 +63,43 @@ inline void zero_padding(T* row, int64_t cols) {
   std::fill(row + cols, row + round_up(cols, kPadBytes / sizeof(T)), T(0));
 }
 
+// Preactivations of some columns of one row, to memory.
 template <class T>
-void activate(T* a, int64_t lda, T* gate, T* up, int64_t ldc, int64_t m, int64_t i0, int64_t i1,
-              int64_t intermediate, const ActivationSpec& spec, const T* bias, void* kept,
-              Dtype dtype, int64_t stride) {
+MOE_INLINE void keep(void* row, Dtype dtype, const Columns& at, const T* g, const T* u,
+                     int64_t count) {
+  with_storage<T>(dtype, [&](auto stored) {
+    auto* h = static_cast<decltype(stored)*>(row);
+    if (at.step == 1) {
+      convert_out(h + at.gate, g, count);
+      if (u) convert_out(h + at.up, u, count);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        from_compute(h[at.gate + 2 * i], g[i]);
+        from_compute(h[at.up + 2 * i], u[i]);
+      }
+    }
+  });
+}
+
+template <class T, Activation kind>
+MOE_INLINE V<T> activated(V<T> x, const T* u, const ActivationSpec& spec) {
+  if (!u) return phi<T, kind>(x, T(spec.alpha)).value;
+  const V<T> limit = splat(T(spec.limit));
+  x = x > limit ? limit : x;
+  V<T> v = load(u);
+  v = v > limit ? limit : v;
+  v = v < -limit ? -limit : v;
+  return phi<T, kind>(x, T(spec.alpha)).value * (v + T(spec.up_offset));
+}
+
+// Rows as they are.
+template <class T>
+void activate_rows(T* a, int64_t lda, T* gate, T* up, int64_t ldc, int64_t m, int64_t i0,
+                   int64_t i1, int64_t intermediate, const ActivationSpec& spec, const T* bias,
+                   void* kept, Dtype dtype, int64_t stride) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t count = i1 - i0;
   const Columns at = columns_of(spec, i0, intermediate);
-  const V<T> limit = splat(T(spec.limit)), offset = splat(T(spec.up_offset));
   for (int64_t r = 0; r < m; ++r) {
     T *g = gate + r * ldc, *u = up ? up + r * ldc : nullptr, *out = a + r * lda + i0;
     if (bias) {
@@ -79,32 +108,10 @@ void activate(T* a, int64_t lda, T* gate, T* up, int64_t ldc, int64_t m, int64_t
         for (int64_t i = 0; i < count; ++i) u[i] += bias[at.up + i * at.step];
       }
     }
-    if (kept) {
-      with_storage<T>(dtype, [&](auto stored) {
-        auto* h = static_cast<decltype(stored)*>(kept) + r * stride;
-        if (at.step == 1) {
-          convert_out(h + at.gate, g, count);
-          if (u) convert_out(h + at.up, u, count);
-        } else {
-          for (int64_t i = 0; i < count; ++i) {
-            from_compute(h[at.gate + 2 * i], g[i]);
-            from_compute(h[at.up + 2 * i], u[i]);
-          }
-        }
-      });
-    }
+    if (kept) keep(static_cast<char*>(kept) + r * stride * size_of(dtype), dtype, at, g, u, count);
     with_activation(spec.phi, [&](auto kind) {
       for (int64_t i = 0; i < count; i += lanes) {
-        V<T> x = load(g + i), y;
-        if (u) {
-          x = x > limit ? limit : x;
-          V<T> v = load(u + i);
-          v = v > limit ? limit : v;
-          v = v < -limit ? -limit : v;
-          y = phi<T, kind>(x, T(spec.alpha)).value * (v + offset);
-        } else {
-          y = phi<T, kind>(x, T(spec.alpha)).value;
-        }
+        const V<T> y = activated<T, kind>(load(g + i), u ? u + i : nullptr, spec);
         if (i + lanes <= count) {
           store(out + i, y);
         } else {
@@ -114,6 +121,63 @@ void activate(T* a, int64_t lda, T* gate, T* up, int64_t ldc, int64_t m, int64_t
     });
     if (i1 == intermediate) zero_padding(a + r * lda, intermediate);
   }
+}
+
+// Turned rows, column by column.
+template <class T>
+void activate_turned(const Panels<T>& a, const Product<T>& gate, const Product<T>* up,
+                     int64_t turned, int64_t i0, int64_t i1, const ActivationSpec& spec,
+                     const T* bias, void* kept, Dtype dtype, int64_t stride) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  const int64_t ld = gate.ld;
+  const auto turn_back = [&](const Product<T>& from, int64_t i, int64_t r, T(&rows)[lanes][lanes]) {
+    V<T> v[lanes];
+    for (int64_t j = 0; j < lanes; ++j)
+      v[j] = i + j < i1 ? load(from.data + (i + j - i0) * ld + r) : V<T>{};
+    transpose_square<T>(v);
+    for (int64_t j = 0; j < lanes; ++j) store(rows[j], v[j]);
+  };
+  for (int64_t i = i0; bias && i < i1; ++i) {
+    const Columns at = columns_of(spec, i, a.cols);
+    for (int64_t r = 0; r < ld; ++r) gate.data[(i - i0) * ld + r] += bias[at.gate];
+    for (int64_t r = 0; up && r < ld; ++r) up->data[(i - i0) * ld + r] += bias[at.up];
+  }
+  for (int64_t r = 0; kept && r < turned; r += lanes) {
+    for (int64_t i = i0; i < i1; i += lanes) {
+      T g[lanes][lanes], u[lanes][lanes];
+      turn_back(gate, i, r, g);
+      if (up) turn_back(*up, i, r, u);
+      for (int64_t j = 0; j < std::min(lanes, turned - r); ++j) {
+        keep(static_cast<char*>(kept) + (r + j) * stride * size_of(dtype), dtype,
+             columns_of(spec, i, a.cols), g[j], up ? u[j] : nullptr, std::min(lanes, i1 - i));
+      }
+    }
+  }
+  with_activation(spec.phi, [&](auto kind) {
+    a.for_each([&](int64_t first, int64_t width, int64_t) {
+      for (int64_t i = i0; i < i1; ++i) {
+        const int64_t from = (i - i0) * ld + first * lanes;
+        T* to = a.at(first, width, i);
+        for (int64_t j = 0; j < width * lanes; j += lanes) {
+          store(to + j, activated<T, kind>(load(gate.data + from + j),
+                                           up ? up->data + from + j : nullptr, spec));
+        }
+      }
+    });
+  });
+}
+
+template <class T>
+void activate_block(T* a, T* gate, T* up, int64_t m, int64_t turned, int64_t i0, int64_t i1,
+                    int64_t intermediate, const ActivationSpec& spec, const T* bias, void* kept,
+                    Dtype dtype, int64_t stride) {
+  const Panels<T> panels(a, turned, intermediate);
+  const Product<T> g(gate, turned, i1 - i0), u(up, turned, i1 - i0);
+  activate_turned(panels, g, up ? &u : nullptr, turned, i0, i1, spec, bias, kept, dtype, stride);
+  activate_rows(panels.others(), padded<T>(intermediate), g.others, up ? u.others : nullptr,
+                padded<T>(i1 - i0), m - turned, i0, i1, intermediate, spec, bias,
+                kept ? static_cast<char*>(kept) + turned * stride * size_of(dtype) : nullptr, dtype,
+                stride);
 }
 
 template <class T>

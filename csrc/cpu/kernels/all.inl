@@ -5,6 +5,7 @@
 #include "rows.inl"
 #include "transpose.inl"
 #include "tiles.inl"
+#include "block.inl"
 #include "gemm.inl"
 #include "activation.inl"
 #include "table.inl"

@@ -2,40 +2,26 @@
 // chunks, so a sum has the same bits whichever rows and columns lie beside it, as long as
 // the same kind of tile takes it.
 
-constexpr int64_t kDepthChunkNT = 1024;  // of k: panels of that depth stay in a core's cache
 constexpr int64_t kDepthChunkNN = 128;
 constexpr int64_t kReadInPlace = 64 << 10;  // bytes
 
 // ---- c = a W^T, W's rows along k
 
-// How many of m rows go through panels: all but a few that would have a vector to themselves.
-template <class T>
-int64_t rows_in_panels(int64_t m) {
-  constexpr int64_t lanes = Simd<T>::lanes, few = lanes / 4;
-  return m <= 3 * few ? 0 : std::min(m, (m + lanes - 1 - few) / lanes * lanes);
-}
-
+// Turned rows come as `panels` and go to `product`; `others` rows come as a, and go to
+// product.others.
 template <class T, class S>
-void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0,
-               int64_t n1, T* scratch, bool rows_alike) {
+void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const T>& panels, const T* a,
+               int64_t lda, int64_t others, Weight w, int64_t k, int64_t n0, int64_t n1,
+               T* scratch) {
   constexpr int64_t lanes = Simd<T>::lanes, one = sizeof(S);
-  const int64_t ldc = padded<T>(n1 - n0);
-  const int64_t in_panels = rows_alike ? 0 : rows_in_panels<T>(m), others = m - in_panels;
-  const int64_t vectors = (in_panels + lanes - 1) / lanes, ld_sums = vectors * lanes;
-  const int64_t deepest = std::min(k, kDepthChunkNT), copy_stride = padded<T>(deepest);
-  T* panels = scratch + kOctet * copy_stride;
-  T* sums = panels + ld_sums * round_up(deepest, lanes);  // c^T
+  const int64_t copy_stride = padded<T>(std::min(k, kDepthChunk));
+  const bool turned = panels.vectors > 0;
   // Of few rows memory is the limit: they read weights where they lie, in one or two tall tiles.
-  const bool few = vectors == 0 && others <= 2 * kTallTileNT;
+  const bool few = !turned && others <= 2 * kTallTileNT;
   const int64_t tallest = few ? kTallTileNT : kTileNT;
-  for (int64_t k0 = 0; k0 < k; k0 += kDepthChunkNT) {
-    const int64_t depth = std::min(kDepthChunkNT, k - k0), whole = round_up(depth, lanes);
+  for (int64_t k0 = 0; k0 < k; k0 += kDepthChunk) {
+    const int64_t depth = std::min(kDepthChunk, k - k0), whole = round_up(depth, lanes);
     const bool adds = k0 > 0;
-    for_even_tiles(vectors, kPanelVectors, [&](int64_t first, int64_t width, int64_t) {
-      const int64_t row = first * lanes;
-      transpose(panels + row * whole, width * lanes, a + row * lda + k0, lda,
-                std::min(width * lanes, in_panels - row), depth);
-    });
     for (int64_t n = n0; n < n1; n += kOctet) {
       const int64_t count = std::min<int64_t>(kOctet, n1 - n), stride_n = w.stride_n;
       const S* source = static_cast<const S*>(w.data) + n * stride_n + k0;
@@ -53,21 +39,18 @@ void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
       }
       const T* weight = same && in_place ? reinterpret_cast<const T*>(source) : scratch;
       const int64_t stride = same && in_place ? stride_n : copy_stride;
-      T* column_sums = sums + (n - n0) * ld_sums;
-      for_even_tiles(vectors, kPanelVectors, [&](int64_t first, int64_t width, int64_t tile) {
-        const int64_t row = first * lanes;
+      panels.for_each([&](int64_t first, int64_t width, int64_t tile) {
         const Prefetch ahead = tile == 0 ? Prefetch{next, stride_n * one, kOctet, kOctet * one}
                                          : Prefetch{next, 0, 0, 0};
         with_height<kPanelVectors>(width, [&](auto v) {
-          panel_tile<T, v>(column_sums + row, ld_sums, adds, weight, stride, panels + row * whole,
-                           depth, ahead);
+          panel_tile<T, v>(product.data + (n - n0) * product.ld + first * lanes, product.ld, adds,
+                           weight, stride, panels.at(first, width, k0), depth, ahead);
         });
       });
-      T* column = c + in_panels * ldc + (n - n0);
       for_even_tiles(others, tallest, [&](int64_t row, int64_t height, int64_t tile) {
         const Prefetch ahead = {next, stride_n * one, kOctet, lanes * one};
-        const T* rows = a + (in_panels + row) * lda + k0;
-        T* to = column + row * ldc;
+        const T* rows = a + row * lda + k0;
+        T* to = product.others + row * ldc + (n - n0);
         const auto take = [&](auto h, auto prefetches) {
           if (in_place) {
             nt_tile<T, h, prefetches>(to, ldc, adds, rows, lda, source, stride_n, whole, ahead);
@@ -76,7 +59,7 @@ void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
           }
         };
         with_height<kTallTileNT>(height, [&](auto h) {
-          if (vectors == 0 && tile == 0) {
+          if (!turned && tile == 0) {
             take(h, std::true_type());
           } else {
             take(h, std::false_type());
@@ -85,7 +68,6 @@ void matmul_nt(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
       });
     }
   }
-  if (vectors > 0) transpose(c, ldc, sums, ld_sums, n1 - n0, in_panels);
 }
 
 // ---- c = a W^T, W's columns along k
@@ -143,29 +125,48 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
   }
 }
 
+// ---- of whole blocks, and of rows as they are
+
 template <class T>
-void matmul(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0, int64_t n1,
-            T* scratch, bool rows_alike) {
+void matmul_block(T* c, const T* a, int64_t m, int64_t turned, Weight w, int64_t k, int64_t n0,
+                  int64_t n1, T* scratch) {
   if (k == 0) {
-    std::fill(c, c + m * padded<T>(n1 - n0), T(0));
+    std::fill(c, c + block_size<T>(m, n1 - n0), T(0));
     return;
   }
   with_storage<T>(w.dtype, [&](auto stored) {
     using S = decltype(stored);
     if (w.stride_k == 1) {
-      matmul_nt<T, S>(c, a, lda, m, w, k, n0, n1, scratch, rows_alike);
+      const Panels<const T> panels(a, turned, k);
+      matmul_nt<T, S>(Product<T>(c, turned, n1 - n0), padded<T>(n1 - n0), panels, panels.others(),
+                      padded<T>(k), m - turned, w, k, n0, n1, scratch);
     } else {
-      matmul_nn<T, S>(c, a, lda, m, w, k, n0, n1, scratch);
+      matmul_nn<T, S>(c, a, padded<T>(k), m, w, k, n0, n1, scratch);
     }
   });
 }
 
 template <class T>
+void matmul(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0, int64_t n1,
+            T* scratch) {
+  if (w.stride_k != 1 && k > 0) {
+    with_storage<T>(w.dtype, [&](auto stored) {
+      matmul_nn<T, decltype(stored)>(c, a, lda, m, w, k, n0, n1, scratch);
+    });
+    return;
+  }
+  constexpr Dtype compute = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
+  const int64_t turned = turned_rows<T>(m);
+  T *rows = scratch, *product = rows + block_size<T>(m, k);
+  load_block(rows, {a, compute, lda, nullptr}, m, turned, k);
+  matmul_block(product, rows, m, turned, w, k, n0, n1, product + block_size<T>(m, kMatmulColumns));
+  store_block<T>(c, compute, padded<T>(n1 - n0), product, m, turned, n1 - n0, nullptr);
+}
+
+template <class T>
 int64_t matmul_scratch(int64_t m, int64_t k, int64_t n) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  const int64_t depth = std::min(k, kDepthChunkNT), rows = round_up(m, lanes);
-  const int64_t nt = kOctet * padded<T>(depth) + rows * round_up(depth, lanes) +
-                     rows * round_up(std::min(n, kMatmulColumns), lanes);
+  const int64_t nt = block_size<T>(m, k) + block_size<T>(m, kMatmulColumns) +
+                     kOctet * padded<T>(std::min(k, kDepthChunk));
   const int64_t nn = kMatmulColumns * std::min(k, kDepthChunkNN);
   return std::max(nt, nn);
 }

@@ -64,12 +64,47 @@ constexpr int64_t padded(int64_t cols) {
 constexpr int64_t kRowChunk = 256;
 // Where rows may be cut into calls of matmul without changing how any of them is summed.
 constexpr int64_t kRowUnit = 16;
+// What a block of rows takes, see Kernels.
+template <class T>
+constexpr int64_t block_size(int64_t m, int64_t cols) {
+  return (m + kRowUnit - 1) / kRowUnit * kRowUnit * padded<T>(cols);
+}
 // Columns that one call of matmul covers at most, and one of activate_backward.
 constexpr int64_t kMatmulColumns = 1024, kActivateColumns = 256;
 
 template <class T>
 struct Kernels {
   const char* name;
+
+  // ---- the forward pass: blocks of one expert's rows
+  //
+  // A block of m rows and some columns holds the first `turned` rows turned over, a vector of
+  // rows for each column, as products like them; then the other rows as they are. It takes
+  // block_size(m, cols) elements. `turned` is 0 or turned_rows(m), alike in all that meet.
+
+  int64_t (*turned_rows)(int64_t m);
+
+  // block = src, converted.
+  void (*load_block)(T* block, Rows src, int64_t m, int64_t turned, int64_t cols);
+  // Row r of dtype at dst + r*stride = the block's row plus bias (null: none), rounded to nearest
+  // even.
+  void (*store_block)(void* dst, Dtype dtype, int64_t stride, const T* block, int64_t m,
+                      int64_t turned, int64_t cols, const T* bias);
+
+  // c = a W(n0..n1, 0..k)^T, blocks of m rows; n1 - n0 <= kMatmulColumns. Turned rows need W's
+  // rows to run along k (stride_k 1), and may be summed in another order than the others.
+  // `scratch` holds matmul_scratch(m, k, n1 - n0) elements.
+  void (*matmul_block)(T* c, const T* a, int64_t m, int64_t turned, Weight w, int64_t k, int64_t n0,
+                       int64_t n1, T* scratch);
+
+  // Columns i0..i1 of the block a = activation of the preactivations in the blocks `gate` and
+  // `up` of those columns; up is null without a gate. With `kept`, the preactivations also go
+  // to row r of kept (dtype, stride).
+  void (*activate_block)(T* a, T* gate, T* up, int64_t m, int64_t turned, int64_t i0, int64_t i1,
+                         int64_t intermediate, const ActivationSpec& spec, const T* bias,
+                         void* kept, Dtype dtype, int64_t stride);
+
+  // ---- the backward pass: rows as they are
 
   // dst (rows, padded<T>(cols)) = src, converted; the padding up to a whole line is zero.
   void (*load_rows)(T* dst, Rows src, int64_t rows, int64_t cols);
@@ -78,10 +113,9 @@ struct Kernels {
                      int64_t cols);
 
   // c (m, padded<T>(n1-n0)) = a (m, lda) W(n0..n1, 0..k)^T; n1 - n0 <= kMatmulColumns.
-  // `scratch` holds matmul_scratch(m, k, n1 - n0) elements. The last few of m rows may be
-  // summed in another order than the others, unless rows_alike.
+  // `scratch` holds matmul_scratch(m, k, n1 - n0) elements.
   void (*matmul)(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0,
-                 int64_t n1, T* scratch, bool rows_alike);
+                 int64_t n1, T* scratch);
   int64_t (*matmul_scratch)(int64_t m, int64_t k, int64_t n);
 
   // out rows m0..m1 (dtype, stride) = sum over r of p(r, m) q(r, 0..n): a weight gradient,
@@ -90,13 +124,6 @@ struct Kernels {
   void (*outer)(void* out, Dtype dtype, int64_t stride, bool past_caches, Rows p, int64_t m0,
                 int64_t m1, Rows q, int64_t n, int64_t rows, T* scratch);
   int64_t (*outer_scratch)(int64_t height);
-
-  // a (m, lda) columns i0..i1 = activation of the preactivations in `gate` and `up`
-  // ((m, ldc) blocks of those columns; up is null without a gate). With `kept`, the
-  // preactivations also go to row r of kept (dtype, stride).
-  void (*activate)(T* a, int64_t lda, T* gate, T* up, int64_t ldc, int64_t m, int64_t i0,
-                   int64_t i1, int64_t intermediate, const ActivationSpec& spec, const T* bias,
-                   void* kept, Dtype dtype, int64_t stride);
 
   // For rows 0..m, columns i0..i1: from da = dL/d(activation) before the routing weight,
   // and the preactivations h (dtype, stride): dh = dL/dh (with the weight), wa = weight *

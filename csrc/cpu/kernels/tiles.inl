@@ -93,6 +93,8 @@ void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, con
   // Every third row has a pointer of its own, the others are one or two strides from it:
   // addresses that need no more registers than there are.
   const T *w0 = w, *w3 = w + 3 * ldw, *w6 = w + 6 * ldw;
+  // A line is requested once: requests under way take the places that other misses need.
+  const int64_t within_line = ahead.step > 0 ? kPadBytes / ahead.step - 1 : -1;
   int64_t eighths = kOctet;  // that one sum covers
   while (k * eighths > kOctet * kDepthPanelSum) eighths /= 2;
   for (int64_t eighth = 0, i = 0; eighth < kOctet;) {
@@ -103,7 +105,7 @@ void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, con
     for (const int64_t last = eighth + eighths; eighth < last; ++eighth) {
       const char* next = ahead.at + eighth * ahead.row_stride;
       for (const int64_t end = k * (eighth + 1) / kOctet; i < end; ++i) {
-        __builtin_prefetch(next, 0, 2);
+        if ((i & within_line) == 0) __builtin_prefetch(next, 0, 2);
         next += ahead.step;
         V<T> x[N];
         for (int j = 0; j < N; ++j) x[j] = load(panel + j * lanes);

@@ -59,22 +59,3 @@ MOE_INLINE void transpose_square<float>(V<float> (&v)[8]) {
   }
 }
 #endif
-
-// dst (cols, ld_dst) = src (rows, ld_src)^T. Rows of both are read and written in whole
-// vectors: what a row of dst has beyond `rows` becomes zero, what src has beyond `cols` is
-// read and goes nowhere.
-template <class T>
-void transpose(T* dst, int64_t ld_dst, const T* src, int64_t ld_src, int64_t rows, int64_t cols) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  for (int64_t r = 0; r < rows; r += lanes) {
-    const int64_t height = std::min(lanes, rows - r);
-    for (int64_t c = 0; c < cols; c += lanes) {
-      const int64_t width = std::min(lanes, cols - c);
-      V<T> v[lanes];
-      for (int64_t i = 0; i < lanes; ++i)
-        v[i] = i < height ? load(src + (r + i) * ld_src + c) : V<T>{};
-      transpose_square<T>(v);
-      for (int64_t i = 0; i < width; ++i) store(dst + (c + i) * ld_dst + r, v[i]);
-    }
-  }
-}

@@ -1,16 +1,29 @@
 """transformers' experts on moe_ext: every layout and gate, dtype and way of running."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from oracle import assert_matches, draw_experts, unit
+from oracle import (
+    DTYPES,
+    ROUTINGS,
+    assert_matches,
+    assert_within_bound,
+    bits_equal,
+    draw_experts,
+    evaluate,
+    relative_error,
+    unit,
+)
 
 pytest.importorskip("transformers")
 
 import paths  # noqa: E402
+import transformers  # noqa: E402
 from transformers import MixtralConfig, MixtralForCausalLM  # noqa: E402
 from transformers.activations import ACT2FN  # noqa: E402
 from transformers.integrations.moe import (  # noqa: E402
@@ -30,6 +43,7 @@ from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter im
 
 from moe_ext.integrations.transformers import experts as experts_module  # noqa: E402
 from moe_ext.integrations.transformers import register  # noqa: E402
+from moe_ext.integrations.transformers._version import check_transformers  # noqa: E402
 
 T, H, I, E, K = 23, 20, 12, 5, 3
 
@@ -173,6 +187,148 @@ def test_layouts_and_gates(gate, is_transposed, has_bias, has_post_expert_norm, 
     assert taken == ["called" if gate in CALLED else "fused"]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", ("swiglu", "gpt_oss", "unknown", "relu2"))
+def test_dtypes(gate, dtype):
+    experts = make(**(GATES | CALLED)[gate], is_transposed=True, has_bias=True)
+    assert_as_eager(experts, draw(experts, dtype))
+
+
+@pytest.mark.parametrize("gate", ("swiglu", "unknown"))
+@pytest.mark.parametrize("weights", DTYPES, ids=str)
+def test_weights_of_another_dtype(gate, weights):
+    experts = make(**(GATES | CALLED)[gate])
+    results = assert_as_eager(experts, draw(experts, torch.float32, weights=weights))
+    assert results["output"].dtype == torch.float32
+    assert results["d_top_k_weights"].dtype == weights
+
+
+@pytest.mark.parametrize("gate", ("swiglu", "gpt_oss", "unknown"))
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_routings(gate, routing):
+    """Duplicates, experts without rows, and expert parallelism's sentinels, ids past E."""
+    experts = make(**(GATES | CALLED)[gate], has_bias=True, has_post_expert_norm=True)
+    inputs = draw(experts, routing=routing)
+    results = assert_as_eager(experts, inputs)
+    if routing == "sentinels":
+        assert not results["d_top_k_weights"][inputs["top_k_index"] >= E].any()
+
+
+@pytest.mark.parametrize("gate", ("swiglu", "unknown"))
+def test_nothing_but_sentinels(gate):
+    experts = make(**(GATES | CALLED)[gate], has_bias=True)
+    inputs = draw(experts) | dict(top_k_index=torch.full((T, K), E))
+    results = evaluate(running(experts, "moe_ext"), inputs)
+    assert not any(result.any() for result in results.values())
+
+
+@pytest.mark.parametrize("gate", ("swiglu", "unknown"))
+def test_no_tokens(gate):
+    experts = make(**(GATES | CALLED)[gate], has_bias=True)
+    inputs = draw(experts)
+    inputs |= {name: inputs[name][:0] for name in ("hidden_states", "top_k_index", "top_k_weights")}
+    results = evaluate(running(experts, "moe_ext"), inputs)
+    assert results["output"].shape == (0, H)
+    assert not results["d_down_proj"].any()
+
+
+@pytest.mark.parametrize("gate", ("swiglu", "gpt_oss", "unknown"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_odd_widths(gate, dtype, monkeypatch):
+    """Rows of no multiple of 16 bytes, which grouped_mm refuses."""
+    monkeypatch.setitem(globals(), "H", 19)
+    monkeypatch.setitem(globals(), "I", 7)
+    experts = make(**(GATES | CALLED)[gate], has_bias=True)
+    inputs = draw(experts, dtype)
+    with pytest.raises(RuntimeError, match="16"):
+        running(experts, "grouped_mm")(**inputs)
+    assert_as_eager(experts, inputs)
+
+
+@pytest.mark.parametrize("has_post_expert_norm", (False, True))
+@pytest.mark.parametrize("gate", ("swiglu", "unknown"))
+def test_autocast(gate, has_post_expert_norm):
+    experts = make(
+        **(GATES | CALLED)[gate], has_bias=True, has_post_expert_norm=has_post_expert_norm
+    )
+    inputs = draw(experts)
+
+    def autocast(implementation):
+        run = running(experts, implementation)
+
+        def in_bfloat16(**inputs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return run(**inputs)
+
+        return evaluate(in_bfloat16, inputs, cotangents={"output": cotangent})
+
+    cotangent = unit(T, H)
+    oracle = evaluate(running(experts, "eager"), inputs, cotangents={"output": cotangent})
+    ours, eager = autocast("moe_ext"), autocast("eager")
+    for name, expected in oracle.items():
+        assert ours[name].dtype == torch.float32
+        assert_within_bound(name, ours[name], expected, eager[name], dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("gate", ("swiglu", "gpt_oss", "relu2", "unknown", "unknown_act_fn"))
+def test_compiles_without_a_break(gate):
+    """One graph, for any number of tokens."""
+    torch._dynamo.reset()
+    experts = make(**(GATES | CALLED)[gate], has_bias=True, has_post_expert_norm=True)
+    experts.config._experts_implementation = "moe_ext"
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager", dynamic=True)
+
+    def results(module, hidden_states, top_k_index, top_k_weights):
+        hidden_states.requires_grad_()
+        top_k_weights.requires_grad_()
+        y = module(hidden_states, top_k_index, top_k_weights)
+        return y, torch.autograd.grad(
+            y.square().sum(), (hidden_states, top_k_weights, *experts.parameters())
+        )
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (T, 2 * T, 7):
+            x, w = unit(tokens, H), torch.rand(tokens, K)
+            index = draw_experts(tokens, E, K, "sentinels")
+            assert bits_equal(results(compiled, x, index, w), results(experts, x, index, w))
+
+
+# ---- what is not fused ---------------------------------------------------------------
+
+
+def test_a_gate_of_the_module_itself_is_called(taken):
+    experts = make()
+    experts._apply_gate = doubled.__get__(experts)
+    assert_as_eager(experts, draw(experts))
+    assert taken == ["called"]
+
+
+def test_a_float32_gate_is_called_in_float64(taken):
+    experts = make(**GATES["beam"])
+    inputs, cotangents = draw(experts, torch.float64), {}
+    ours = evaluate(running(experts, "moe_ext"), inputs, cotangents=cotangents)
+    eager = evaluate(running(experts, "eager"), inputs, cotangents=cotangents)
+    for name, expected in eager.items():
+        assert relative_error(ours[name], expected) < torch.finfo(torch.float32).eps, name
+    assert taken == ["called"]
+
+
+def test_a_hooked_activation_is_called(taken):
+    """Whoever watches the activation, or changes it, sees it."""
+    experts = make()
+    experts.act_fn.register_forward_hook(lambda module, args, output: 2 * output)
+    assert_as_eager(experts, draw(experts))
+    assert taken == ["called"]
+
+
+def test_grouped_linear_is_an_op():
+    rows, weight, bias = unit(7, 4), unit(3, 4, 5), unit(3, 5)
+    offsets = torch.tensor([0, 2, 2, 6], dtype=torch.int32)
+    for b in (bias, None):
+        args = [t if t is None else t.requires_grad_() for t in (rows, weight, b)]
+        torch.library.opcheck(torch.ops.moe_ext_transformers.grouped_linear, (*args, offsets))
+
+
 # ---- the registry --------------------------------------------------------------------
 
 
@@ -205,3 +361,44 @@ def test_from_pretrained(tmp_path, taken):
 def test_an_unknown_name_is_refused_by_transformers():
     with pytest.raises(ValueError, match='"moe_exd".* is not supported.*"moe_ext"'):
         tiny_mixtral(experts_implementation="moe_exd")
+
+
+def test_double_and_generate():
+    """What a user does to a model: cast it, and generate from it."""
+    model = tiny_mixtral(experts_implementation="moe_ext").double()
+    prompt = dict(input_ids=torch.arange(5)[None], attention_mask=torch.ones(1, 5))
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    ours = model.generate(**prompt, **options)
+    model.set_experts_implementation("eager")
+    assert torch.equal(model.generate(**prompt, **options), ours)
+
+
+# ---- the installed transformers ------------------------------------------------------
+
+
+def new_decorator(experts_class=None, *, is_concatenated=True, has_second_gate=False):
+    pass
+
+
+@pytest.mark.parametrize(
+    "missing, what",
+    (
+        ("transformers", "found none"),
+        ("transformers.integrations.moe", f"found {transformers.__version__}.* too old"),
+        (None, f"found {transformers.__version__}.* \\(has_second_gate\\): too new"),
+    ),
+)
+def test_a_transformers_that_does_not_fit_is_refused(missing, what, monkeypatch):
+    if missing is not None:
+        monkeypatch.setitem(sys.modules, missing, None)
+    else:
+        monkeypatch.setattr(
+            transformers.integrations.moe, "use_experts_implementation", new_decorator
+        )
+    with pytest.raises(ImportError, match=f"{what}.*pip install transformers=="):
+        check_transformers()
+
+
+def test_moe_ext_does_not_import_transformers():
+    code = "import sys, moe_ext, moe_ext.integrations; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -135,7 +135,10 @@ def fused_options(experts, dtype):
 
 def activation_of(experts):
     act_fn = experts.act_fn
-    return ACTIVATIONS.get(act_fn if inspect.isroutine(act_fn) else type(act_fn))
+    if inspect.isroutine(act_fn):
+        return ACTIVATIONS.get(act_fn)
+    is_watched = act_fn._forward_hooks or act_fn._forward_pre_hooks or act_fn._backward_hooks
+    return None if is_watched else ACTIVATIONS.get(type(act_fn))
 
 
 @torch.compiler.assume_constant_result

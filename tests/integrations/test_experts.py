@@ -303,6 +303,44 @@ def test_a_gate_of_the_module_itself_is_called(taken):
     assert taken == ["called"]
 
 
+def by_a_constant(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=self.limit)
+    up = up.clamp(min=-self.limit, max=self.limit)
+    return self.act_fn(gate) * up * 2
+
+
+def by_an_attribute(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=self.alpha)
+    up = up.clamp(min=-self.alpha, max=self.alpha)
+    return self.act_fn(gate) * up
+
+
+def by_an_operator(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=self.limit)
+    up = up.clamp(min=-self.limit, max=self.limit)
+    return self.act_fn(gate) - up
+
+
+def by_a_dimension(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=1)
+    gate = gate.clamp(max=self.limit)
+    up = up.clamp(min=-self.limit, max=self.limit)
+    return self.act_fn(gate) * up
+
+
+@pytest.mark.parametrize(
+    "differs", (by_a_constant, by_an_attribute, by_an_operator, by_a_dimension)
+)
+def test_a_gate_that_differs_is_called(differs, taken):
+    """From deepseek_v4's, which is fused, a little."""
+    experts = make(apply_gate=differs)
+    assert_as_eager(experts, draw(experts))
+    assert taken == ["called"]
+
+
 def test_a_float32_gate_is_called_in_float64(taken):
     experts = make(**GATES["beam"])
     inputs, cotangents = draw(experts, torch.float64), {}

@@ -18,17 +18,17 @@ MODELS = pathlib.Path(transformers.__file__).parent / "models"
 
 # Whatever a config has of these is set to them. Two layers, the first of full attention.
 SMALL = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=20, num_hidden_layers=2,
+    vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=4, head_dim=8, max_position_embeddings=64,
     initializer_range=0.2, attention_dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     # experts
     num_experts=8, num_local_experts=8, n_routed_experts=8, moe_num_experts=8,
-    num_experts_per_tok=2, moe_topk=2, moe_k=2, top_k_experts=2, moe_intermediate_size=12,
+    num_experts_per_tok=2, moe_topk=2, moe_k=2, top_k_experts=2, moe_intermediate_size=16,
     n_group=2, topk_group=1, swiglu_limit=0.7, norm_topk_prob=True,
     # every layer has them
     mlp_layer_types=["sparse", "sparse"], first_k_dense_replace=0, num_dense_layers=0,
     # shared experts
-    n_shared_experts=1, shared_expert_intermediate_size=12, shared_intermediate_size=12,
+    n_shared_experts=1, shared_expert_intermediate_size=16, shared_intermediate_size=16,
     # latent attention
     q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
     index_head_dim=8, index_n_heads=2, index_topk=4,
@@ -43,7 +43,7 @@ OVERRIDES = dict(
         mlp_layer_types=["hash_moe", "moe"], num_key_value_heads=1, o_groups=2, o_lora_rank=8
     ),
     ernie4_5_vl_moe=dict(
-        moe_intermediate_size=[12, 20],
+        moe_intermediate_size=[16, 24],
         rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 2]),
     ),
     flint=dict(mlp_only_layers=[]),
@@ -60,9 +60,9 @@ OVERRIDES = dict(
     muse_spark=dict(moe_hidden_size=24),
     nemotron_h=dict(
         layers_block_type=["moe", "moe"], moe_latent_size=16,
-        moe_shared_expert_intermediate_size=12,
+        moe_shared_expert_intermediate_size=16,
     ),
-    qwen3_omni_moe=dict(shared_expert_intermediate_size=12),
+    qwen3_omni_moe=dict(shared_expert_intermediate_size=16),
     zaya=dict(num_experts_per_tok=1, router_hidden_size=16),
 )  # fmt: skip
 
@@ -105,13 +105,17 @@ def model_class(name):
     raise LookupError(f"{name}: its model must be named in CLASSES")
 
 
+def config(name, **options):
+    """A small config of the model's own class; `options` come on top."""
+    config_class = model_class(name).config_class
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    small = {option: value for option, value in SMALL.items() if option in fields}
+    return config_class(**small | OVERRIDES.get(name.split(".")[0], {}) | options)
+
+
 def build(name):
     """The model, in eval mode and float32, of weights that keep everything at unit scale."""
-    cls = model_class(name)
-    fields = {f.name for f in dataclasses.fields(cls.config_class)}
-    options = {option: value for option, value in SMALL.items() if option in fields}
-    options |= OVERRIDES.get(name.split(".")[0], {})
-    model = cls(cls.config_class(**options, experts_implementation="eager")).eval()
+    model = model_class(name)(config(name)).eval()
     for experts in experts_of(model):
         for parameter in experts.parameters():
             fan_in = (

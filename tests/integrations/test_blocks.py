@@ -1,6 +1,7 @@
 """replace() and restore(): models whose experts do not go through transformers' registry."""
 
 import copy
+import pickle
 import re
 import warnings
 
@@ -259,6 +260,40 @@ def test_restore(name):
     assert bits_equal(dict(model.state_dict()), expected)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_saves_and_loads_as_the_original(name, tmp_path):
+    """While replaced, too: checkpoints of either are read by the other."""
+    model = make(name)
+    inputs = batch(model)
+    original = copy.deepcopy(model)
+    expected = original(**inputs)[0]
+    state = dict(original.state_dict())
+    replaced(model)
+    assert list(model.state_dict()) == list(state) and bits_equal(dict(model.state_dict()), state)
+    model.save_pretrained(tmp_path)
+    reloaded = type(original).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert bits_equal(reloaded(**inputs)[0], expected)
+
+    ours = model(**inputs)[0]
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.load_state_dict(state)
+    assert bits_equal(model(**inputs)[0], ours)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert bits_equal(other(**inputs)[0], ours)
+
+
+def test_load_state_dict_says_what_does_not_fit():
+    model = replaced(make("dbrx"))
+    state, experts = model.state_dict(), "transformer.blocks.1.ffn.experts.mlp"
+    state[f"{experts}.w4"] = state.pop(f"{experts}.w2")
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert missing == [f"{experts}.w2"] and unexpected == [f"{experts}.w4"]
+    state[f"{experts}.w2"] = state.pop(f"{experts}.w4").T
+    with pytest.raises(RuntimeError, match=r"w2 must be of shape \(120, 32\), got \(32, 120\)"):
+        model.load_state_dict(state)
+
+
 def test_parameters_become_one_a_matrix():
     """Those of the families that keep a module an expert, or flat matrices; frozen ones stay so."""
     model = make("switch")
@@ -307,6 +342,18 @@ def test_compiles_in_one_graph(name):
     if name != "switch":
         actual, expected = actual[0], expected[0]
     assert relative_error(actual.detach(), expected.detach().double()) < 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "_" not in name or name in FAMILIES])
+def test_autocast(name):
+    """As near to float32 as theirs comes; DBRX's own fails."""
+    model = make(name)
+    inputs = batch(model)
+    expected = model(**inputs)[0].detach().double()
+    with torch.autocast("cpu", torch.bfloat16):
+        limit = 0.2 if name == "dbrx" else relative_error(model(**inputs)[0].detach(), expected)
+        actual = replaced(model)(**inputs)[0].detach()
+    assert relative_error(actual, expected) <= max(1.5 * limit, 4 * torch.finfo(torch.bfloat16).eps)
 
 
 # ---- what is refused -------------------------------------------------------------------

@@ -720,6 +720,12 @@ fault(
     "parameter.copy_(views[name].reshape(parameter.shape))",
     "parameter.zero_()",
 )
+fault(
+    "what does not belong to the experts loads in silence",
+    "unexpected += [k for k in state_dict if k.startswith(prefix) and k not in theirs]",
+    "pass",
+)
+fault("the state_dict has the shapes of ours", ").reshape(shape)", ")")
 fault = faults(f"{BLOCKS}/switch_transformers.py", BLOCK_TESTS)
 fault(
     "dropped tokens go to expert 0",

@@ -44,9 +44,10 @@ def replace(model):
 
     For dbrx, jetmoe, llama4, longcat_flash, nllb_moe, step3p7 and switch_transformers; other
     models have `register` and `set_experts_implementation("moe_ext")`. Outputs, dropped tokens
-    and `output_router_logits` stay what they were. Experts that are a module each (Switch,
-    NLLB-MoE) or flat (DBRX) become one parameter a matrix, `experts.up_proj (E, I, H)` and so
-    on, until `restore`; the other families keep their parameters.
+    and `output_router_logits` stay what they were, and so does the state_dict: what
+    `save_pretrained` writes is the original's. Of the parameters, experts that are a module
+    each (Switch, NLLB-MoE) or flat (DBRX) become one a matrix, `experts.up_proj (E, I, H)`
+    and so on, until `restore`; the other families keep theirs.
 
     Returns:
         {name: module} of what was replaced.

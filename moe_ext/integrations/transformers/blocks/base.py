@@ -43,6 +43,8 @@ class Stacked(Replacement):
     """Experts whose parameters become one for all experts, until they are released.
 
     The modules of the original wait out of the tree, their parameters on the meta device.
+    In the state_dict the parameters go by their names and shapes in the original, so that
+    what is saved from a model with replacements is read by one without.
     """
 
     def shapes(self):
@@ -76,6 +78,33 @@ class Stacked(Replacement):
         for name, parameter in self.named_parameters():
             parameter.copy_(views[name].reshape(parameter.shape))
             parameter.requires_grad_(some.requires_grad)
+
+    def _theirs(self):
+        """{name in the original: (its shape there, the part of the parameters here)}."""
+        views = self.views()
+        return {
+            f"{module}.{name}": (parameter.shape, views[f"{module}.{name}"])
+            for module, original in self._originals.items()
+            for name, parameter in original.named_parameters()
+        }
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        for name, (shape, view) in self._theirs().items():
+            destination[prefix + name] = (view if keep_vars else view.detach()).reshape(shape)
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # fmt: skip
+        theirs = {prefix + name: entry for name, entry in self._theirs().items()}
+        for key, (shape, view) in theirs.items():
+            if key not in state_dict:
+                missing.append(key)
+            elif state_dict[key].shape != shape:
+                errors.append(
+                    f"{key} must be of shape {tuple(shape)}, got {tuple(state_dict[key].shape)}"
+                )
+            else:
+                view.copy_(state_dict[key].view(view.shape))
+        unexpected += [k for k in state_dict if k.startswith(prefix) and k not in theirs]
 
 
 class PerExpert(Stacked):

@@ -148,7 +148,6 @@ def merge_results(path, cases, **about):
     path = Path(path)
     old = json.loads(path.read_text()) if path.exists() else {}
     kept = old.get("cases", []) if old.get("machine") == about["machine"] else []
-    new = {(case["shape"], case["dtype"]) for case in cases}
-    kept = [case for case in kept if (case["shape"], case["dtype"]) not in new]
+    merged = {(case["shape"], case["dtype"]): case for case in [*kept, *cases]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "cases": kept + cases}, indent=1) + "\n")
+    path.write_text(json.dumps({**about, "cases": [*merged.values()]}, indent=1) + "\n")

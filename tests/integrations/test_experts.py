@@ -203,6 +203,15 @@ def test_weights_of_another_dtype(gate, weights):
     assert results["d_top_k_weights"].dtype == weights
 
 
+@pytest.mark.parametrize("gate", ("swiglu", "unknown"))
+def test_float32_weights_stay_float32(gate):
+    """In a bfloat16 model: rounded weights would have rounded gradients."""
+    experts = make(**(GATES | CALLED)[gate])
+    inputs = draw(experts, torch.bfloat16, weights=torch.float32)
+    gradient = assert_as_eager(experts, inputs)["d_top_k_weights"]
+    assert not torch.equal(gradient, gradient.bfloat16().float())
+
+
 @pytest.mark.parametrize("gate", ("swiglu", "gpt_oss", "unknown"))
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_routings(gate, routing):
@@ -414,27 +423,50 @@ def test_double_and_generate():
 # ---- the installed transformers ------------------------------------------------------
 
 
-def new_decorator(experts_class=None, *, is_concatenated=True, has_second_gate=False):
-    pass
+def decorator(**flags):
+    """One like `use_experts_implementation`, with these flags."""
+    parameters = ", ".join(f"{name}={default}" for name, default in flags.items())
+    return eval(f"lambda experts_class=None, *, {parameters}: None")
+
+
+NEWER = FLAGS | dict(has_second_gate=False)
+OLDER = {name: FLAGS[name] for name in ("is_concatenated", "is_transposed")}
 
 
 @pytest.mark.parametrize(
-    "missing, what",
+    "name, found, what",
     (
-        ("transformers", "found none"),
-        ("transformers.integrations.moe", f"found {transformers.__version__}.* too old"),
-        (None, f"found {transformers.__version__}.* \\(has_second_gate\\): too new"),
+        ("transformers", None, "found none"),
+        ("transformers.integrations.moe", None, f"found {transformers.__version__}.* too old"),
+        ("use_experts_implementation", decorator(**OLDER), "too old"),
+        ("use_experts_implementation", decorator(**NEWER), "(has_second_gate).* too new"),
     ),
+    ids=("missing", "no registry", "fewer flags", "more flags"),
 )
-def test_a_transformers_that_does_not_fit_is_refused(missing, what, monkeypatch):
-    if missing is not None:
-        monkeypatch.setitem(sys.modules, missing, None)
+def test_a_transformers_that_does_not_fit_is_refused(name, found, what, monkeypatch):
+    if found is None:
+        monkeypatch.setitem(sys.modules, name, None)
     else:
-        monkeypatch.setattr(
-            transformers.integrations.moe, "use_experts_implementation", new_decorator
-        )
+        monkeypatch.setattr(transformers.integrations.moe, name, found)
     with pytest.raises(ImportError, match=f"{what}.*pip install transformers=="):
         check_transformers()
+
+
+@pytest.mark.parametrize("flags", (FLAGS, {n: v for n, v in FLAGS.items() if "norm" not in n}))
+def test_a_transformers_that_fits(flags, monkeypatch):
+    """The norm came late, and is not asked for."""
+    moe = transformers.integrations.moe
+    monkeypatch.setattr(moe, "use_experts_implementation", decorator(**flags))
+    check_transformers()
+
+
+def test_experts_of_a_transformers_without_the_norm():
+    experts = make()
+    del experts.has_post_expert_norm
+    inputs = draw(experts)
+    ours = running(experts, "moe_ext")(**inputs)
+    experts.has_post_expert_norm = False
+    assert torch.equal(ours, running(experts, "moe_ext")(**inputs))
 
 
 def test_moe_ext_does_not_import_transformers():

@@ -50,15 +50,16 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     plan = capacity_scatter(top_k_index, self.num_experts)
     observe(self, top_k_index)
     options = fused_options(self, x.dtype)
+    has_norm = getattr(self, "has_post_expert_norm", False)  # since transformers 5.19 or later
     if options is None:
         rows = called_ffn(self, x, plan, up, down, up_bias, down_bias)
-    elif self.has_post_expert_norm:
+    elif has_norm:
         rows = grouped_ffn(x, plan, up, down, up_bias, down_bias, **options)
     else:
         weights = top_k_weights.to(accumulation_dtype(x.dtype))
         y = moe_forward(x, weights, plan, up, down, up_bias, down_bias, **options)
         return y.to(hidden_states.dtype)
-    if self.has_post_expert_norm:
+    if has_norm:
         rows = self.post_expert_norm(rows)
     weights = top_k_weights.to(accumulation_dtype(rows.dtype))
     return weighted_combine(rows, weights, plan).to(hidden_states.dtype)

@@ -157,8 +157,7 @@ struct Mainloop {
       full = full + 1 == kStages ? 0 : full + 1;
       empty = empty + 1 == kStages ? 0 : empty + 1;
     }
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // from here on the stages' memory is `staged`
+    __syncthreads();  // from here on the stages' memory is `staged`: every copy has landed
   }
 
   // Four columns of a staged row, as 16 bytes; a row's place in the banks depends on it:

@@ -1,5 +1,6 @@
 """RoutingHealth: what is counted, when it warns, how biases move; alone, over ranks, in a Trainer."""
 
+import copy
 import logging
 import traceback
 import warnings
@@ -197,6 +198,8 @@ def test_warns_of_rising_drops():
     check_quietly(health)  # nothing can be dropped
     for _ in range(4):
         layer(unit(64, 8))
+    from_the_start = RoutingHealth(copy.deepcopy(layer), min_entropy=0.0, max_dead=1.0)
+    check_quietly(from_the_start)
     with pytest.warns(UserWarning, match=r"drops rise:  \(\d\d% of the assignments, once 0%\)"):
         health.check()
 

@@ -1,5 +1,6 @@
 """transformers' experts on moe_ext: every layout and gate, dtype and way of running."""
 
+import functools
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -346,6 +347,28 @@ def by_a_dimension(self, gate_up):
 def test_a_gate_that_differs_is_called(differs, taken):
     """From deepseek_v4's, which is fused, a little."""
     experts = make(apply_gate=differs)
+    assert_as_eager(experts, draw(experts))
+    assert taken == ["called"]
+
+
+def wrapped(gate):
+    """Its source would be that of what it wraps."""
+    return functools.wraps(gate)(lambda self, gate_up: 2 * gate(self, gate_up))
+
+
+def without_source(gate):
+    scope = {"gate": gate}
+    exec("def sourceless(self, gate_up): return 2 * gate(self, gate_up)", scope)
+    return scope["sourceless"]
+
+
+def in_a_lambda(gate):
+    return lambda self, gate_up: 2 * gate(self, gate_up)
+
+
+@pytest.mark.parametrize("changed", (wrapped, without_source, in_a_lambda))
+def test_a_changed_gate_is_called(changed, taken):
+    experts = make(apply_gate=changed(DeepseekV4Experts._apply_gate))
     assert_as_eager(experts, draw(experts))
     assert taken == ["called"]
 

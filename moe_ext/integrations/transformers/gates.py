@@ -1,17 +1,20 @@
 """Which gates of transformers' experts the fused kernels compute.
 
 A gate is known by what it is, never by a shape or a name: an activation by its class or
-function, an `_apply_gate` by its code. The functions below are transformers' own, word for
-word; one that differs from all of them, if only by a constant, is unknown and gets called.
+function, an `_apply_gate` by its source, of which a fingerprint stands here. One that differs
+from all of them, if only by a constant, is unknown and gets called.
 """
 
+import ast
+import functools
+import hashlib
 import inspect
+import textwrap
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import activations
-from transformers.integrations.moe import _default_apply_gate
 
 from ...reference import GATES
 
@@ -40,74 +43,36 @@ class Gate(NamedTuple):
     in_float32: bool = False  # whatever the model's dtype, so not for float64
 
 
-_known = {}
+# By the fingerprint of `_apply_gate`; which models have it in transformers 5.23.
+GATES_OF_TRANSFORMERS = {
+    "a0cdc9b85ceaf0cf": Gate(),  # the decorator's default
+    "215319595e48dda1": Gate(in_float32=True),  # beam
+    "f40d55cf51496849": Gate(limit="limit"),  # deepseek_v4
+    "11ddbf6b28be8aec": Gate("swiglu", limit="swiglu_limit"),  # glm5_next, hy_v4
+    "c8648a009a61ce3c": Gate("swiglu", "swiglu_limit", "swiglu_alpha", 1.0),  # minimax_m3_vl
+    "c67222ebfdcf6a4d": Gate("swiglu", "limit", "alpha", 1.0),  # openai_privacy_filter
+    "63686633f3cb5d4a": Gate("swiglu", "limit", "alpha", 1.0, interleaved=True),  # gpt_oss
+}
 
 
-def _code(function):
-    code = function.__code__
-    return code.co_code, code.co_consts, code.co_names
-
-
-def known(**gate):
-    def register(function):
-        _known[_code(function)] = Gate(**gate)
-        return function
-
-    return register
-
-
-known()(_default_apply_gate)
-
-
-@known(activation="swiglu", limit="limit", alpha="alpha", up_offset=1.0, interleaved=True)
-def gpt_oss(self, gate_up):
-    gate, up = gate_up[..., ::2], gate_up[..., 1::2]
-    gate = gate.clamp(min=None, max=self.limit)
-    up = up.clamp(min=-self.limit, max=self.limit)
-    glu = gate * torch.sigmoid(gate * self.alpha)
-    gated_output = (up + 1) * glu
-    return gated_output
-
-
-@known(activation="swiglu", limit="limit", alpha="alpha", up_offset=1.0)
-def openai_privacy_filter(self, gate_up):
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = gate.clamp(min=None, max=self.limit)
-    up = up.clamp(min=-self.limit, max=self.limit)
-    glu = gate * torch.sigmoid(gate * self.alpha)
-    gated_output = (up + 1) * glu
-    return gated_output
-
-
-@known(activation="swiglu", limit="swiglu_limit", alpha="swiglu_alpha", up_offset=1.0)
-def minimax_m3_vl(self, gate_up):
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = gate.clamp(max=self.swiglu_limit)
-    up = up.clamp(min=-self.swiglu_limit, max=self.swiglu_limit)
-    glu = gate * torch.sigmoid(gate * self.swiglu_alpha)
-    return (up + 1.0) * glu
-
-
-@known(activation="swiglu", limit="swiglu_limit")
-def glm5_next(self, gate_up):
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = gate.clamp(min=None, max=self.swiglu_limit)
-    up = up.clamp(min=-self.swiglu_limit, max=self.swiglu_limit)
-    return F.silu(gate) * up
-
-
-@known(limit="limit")
-def deepseek_v4(self, gate_up):
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = gate.clamp(max=self.limit)
-    up = up.clamp(min=-self.limit, max=self.limit)
-    return self.act_fn(gate) * up
-
-
-@known(in_float32=True)
-def beam(self, gate_up):
-    gate, up = gate_up.chunk(2, dim=-1)
-    return (self.act_fn(gate.float()) * up.float()).to(gate.dtype)
+@functools.cache
+def fingerprint(function):
+    """Of a function's source, its name, comments and layout left out; None if it has none."""
+    if inspect.unwrap(function) is not function:  # the source is then what was wrapped
+        return None
+    try:
+        definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if not isinstance(definition, ast.FunctionDef):
+        return None
+    definition.name = "_apply_gate"
+    definition.returns = None
+    for argument in definition.args.args:
+        argument.annotation = None
+    if ast.get_docstring(definition) is not None:
+        del definition.body[0]
+    return hashlib.sha256(ast.unparse(definition).encode()).hexdigest()[:16]
 
 
 def fused_options(experts, dtype):
@@ -144,4 +109,4 @@ def activation_of(experts):
 @torch.compiler.assume_constant_result
 def gate_of(experts_class):
     """The known gate that the class's `_apply_gate` is, or None."""
-    return _known.get(_code(experts_class._apply_gate))
+    return GATES_OF_TRANSFORMERS.get(fingerprint(experts_class._apply_gate))

@@ -11,6 +11,7 @@ from ...functional import capacity_scatter, grouped_ffn, moe_forward, weighted_c
 from ...reference import accumulation_dtype
 from .gates import fused_options
 from .health import observe
+from .lora import install, low_rank_of
 from .unfused import called_ffn
 
 
@@ -22,16 +23,18 @@ def register():
         model.set_experts_implementation("moe_ext")         # or on a model that is loaded
 
     For every model whose experts go through transformers' registry. No weight is touched
-    and no class patched. A second call changes nothing.
+    and no class of transformers patched; of PEFT, where it is installed, one method, so that
+    LoRA on such experts keeps no merged copy of them (lora.py). A second call changes nothing.
     """
     ALL_EXPERTS_FUNCTIONS.register("moe_ext", experts_forward)
+    install()
 
 
 def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     """y[t] = sum_j top_k_weights[t, j] * FFN_e(hidden_states[t]), e = top_k_index[t, j].
 
-    Dropless. Experts whose gate is known run fused; others have their own `_apply_gate` or
-    `act_fn` called on the rows in expert order, with the same results.
+    Dropless. Experts whose gate is known run fused; others, and those with LoRA adapters, have
+    their own `_apply_gate` or `act_fn` called on the rows in expert order, with the same results.
 
     Args:
         self: a module that transformers' `use_experts_implementation` decorates.
@@ -49,10 +52,11 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     x = hidden_states.to(up.dtype)
     plan = capacity_scatter(top_k_index, self.num_experts)
     observe(self, top_k_index)
-    options = fused_options(self, x.dtype)
+    lora = [low_rank_of(self, name) for name in matrices_of(self)]
+    options = fused_options(self, x.dtype) if lora == [None, None] else None
     has_norm = getattr(self, "has_post_expert_norm", False)  # since transformers 5.19 or later
     if options is None:
-        rows = called_ffn(self, x, plan, up, down, up_bias, down_bias)
+        rows = called_ffn(self, x, plan, up, down, up_bias, down_bias, *lora)
     elif has_norm:
         rows = grouped_ffn(x, plan, up, down, up_bias, down_bias, **options)
     else:
@@ -65,10 +69,15 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     return weighted_combine(rows, weights, plan).to(hidden_states.dtype)
 
 
+def matrices_of(experts):
+    """The names of a decorated module's matrices."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
 def parameters_of(experts):
     """(up, up_bias, down, down_bias) of a decorated module; biases None where it has none."""
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
-    names = (name, f"{name}_bias", "down_proj", "down_proj_bias")
     return tuple(
-        getattr(experts, n) if experts.has_bias or not n.endswith("_bias") else None for n in names
+        getattr(experts, name) if experts.has_bias or not name.endswith("_bias") else None
+        for matrix in matrices_of(experts)
+        for name in (matrix, f"{matrix}_bias")
     )

@@ -6,22 +6,31 @@ from torch import Tensor
 from ...functional import _autocast, gather_rows
 
 
-def called_ffn(experts, x, plan, up, down, up_bias, down_bias):
+def called_ffn(experts, x, plan, up, down, up_bias, down_bias, up_lora=None, down_lora=None):
     """Every expert's network on its rows (R, H), through the module's own gate; the tail is 0.
 
     Not fused: copies of the tokens and of the gate's result are kept for the backward pass.
+    `up_lora` and `down_lora` are what adapters add to the matrices, `lora.LowRank`.
     """
     x, up, down, up_bias, down_bias = _autocast(x, up, down, up_bias, down_bias)
     apply_gate = experts._apply_gate if experts.has_gate else experts.act_fn
-    rows = grouped_linear(gather_rows(x, plan), up, up_bias, plan, experts.is_transposed)
+    rows = gather_rows(x, plan)
+    rows = grouped_linear(rows, up, up_bias, plan, experts.is_transposed, up_lora)
     rows = apply_gate(rows).to(down.dtype)
-    return grouped_linear(rows, down, down_bias, plan, experts.is_transposed)
+    return grouped_linear(rows, down, down_bias, plan, experts.is_transposed, down_lora)
 
 
-def grouped_linear(rows, weight, bias, plan, transposed):
-    """rows[r] @ weight[e] + bias[e] for the rows of every expert; the tail is 0."""
-    weight = weight if transposed else weight.transpose(1, 2)
-    return torch.ops.moe_ext_transformers.grouped_linear(rows, weight, bias, plan.expert_offsets)
+def grouped_linear(rows, weight, bias, plan, transposed, lora=None):
+    """rows[r] @ (weight[e] + lora.a[e] @ lora.b[e]) + bias[e], e the row's expert; the tail is 0.
+
+    The factors are never multiplied with each other.
+    """
+    op, offsets = torch.ops.moe_ext_transformers.grouped_linear, plan.expert_offsets
+    out = op(rows, weight if transposed else weight.transpose(1, 2), bias, offsets)
+    if lora is not None:
+        a, b = (factor.to(rows.dtype) for factor in lora)
+        out = out + op(op(rows, a, None, offsets), b, None, offsets)
+    return out
 
 
 # One opaque op, because a loop over experts reads the offsets: torch.compile could not.
@@ -40,16 +49,27 @@ def _forward(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor)
 
 @torch.library.custom_op("moe_ext_transformers::grouped_linear_backward", mutates_args=())
 def _backward(
-    dout: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, has_bias: bool
+    dout: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    drows, dweight = torch.zeros_like(rows), torch.zeros_like(weight)
-    dbias = weight.new_zeros(weight.shape[0] if has_bias else 0, weight.shape[2])
+    needs_rows, needs_weight, needs_bias = output_mask
+    drows, dweight, dbias = (t.zero_() for t in _gradients_like(dout, weight, output_mask))
     for e, r in _of_each_expert(offsets):
-        torch.mm(dout[r], weight[e].T, out=drows[r])
-        torch.mm(rows[r].T, dout[r], out=dweight[e])
-        if has_bias:
+        if needs_rows:
+            torch.mm(dout[r], weight[e].T, out=drows[r])
+        if needs_weight:
+            torch.mm(rows[r].T, dout[r], out=dweight[e])
+        if needs_bias:
             torch.sum(dout[r], 0, out=dbias[e])
     return drows, dweight, dbias
+
+
+def _gradients_like(dout, weight, output_mask):
+    """Of rows, weight and bias, uninitialised; empty where the mask does not ask for one."""
+    experts, inside, outside = weight.shape
+    shapes = (dout.shape[0], inside), weight.shape, (experts, outside)
+    return tuple(
+        dout.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, output_mask)
+    )
 
 
 def _of_each_expert(offsets):
@@ -64,22 +84,22 @@ def _(rows, weight, bias, offsets):
 
 
 @_backward.register_fake
-def _(dout, rows, weight, offsets, has_bias):
-    dbias = weight.new_empty(weight.shape[0] if has_bias else 0, weight.shape[2])
-    return torch.empty_like(rows), torch.empty_like(weight), dbias
+def _(dout, rows, weight, offsets, output_mask):
+    return _gradients_like(dout, weight, output_mask)
 
 
 def _save(ctx, inputs, output):
-    rows, weight, bias, offsets = inputs
-    ctx.save_for_backward(rows, weight, offsets)
-    ctx.has_bias = bias is not None
+    rows, weight, _, offsets = inputs
+    needs_weight = ctx.needs_input_grad[1]  # frozen experts keep no rows
+    ctx.save_for_backward(rows if needs_weight else None, weight, offsets)
 
 
 def _gradient(ctx, dout):
     rows, weight, offsets = ctx.saved_tensors
+    output_mask = list(ctx.needs_input_grad[:3])
     backward = torch.ops.moe_ext_transformers.grouped_linear_backward
-    drows, dweight, dbias = backward(dout, rows, weight, offsets, ctx.has_bias)
-    return drows, dweight, dbias if ctx.has_bias else None, None
+    gradients = backward(dout, rows, weight, offsets, output_mask)
+    return *(g if wanted else None for g, wanted in zip(gradients, output_mask)), None
 
 
 _forward.register_autograd(_gradient, setup_context=_save)

@@ -1,0 +1,452 @@
+"""PEFT's adapters on experts: what PEFT computes with a merged copy, moe_ext does without."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from oracle import (
+    ROUTINGS,
+    assert_within_bound,
+    draw_experts,
+    relative_error,
+    unit,
+)
+
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+import test_experts  # noqa: E402
+import tiny_models  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
+from test_conformance import FLOAT32_ERROR, FLOAT32_INSIDE  # noqa: E402
+
+from moe_ext.integrations.transformers import experts as experts_module  # noqa: E402
+from moe_ext.integrations.transformers import lora, register  # noqa: E402
+
+T, E, K = test_experts.T, test_experts.E, test_experts.K
+R = 3
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setattr(ParamWrapper, "_activate_lora", ParamWrapper._activate_lora)
+    monkeypatch.setattr(lora, "_warned", set())
+    register()
+
+
+@pytest.fixture
+def handed(monkeypatch):
+    """The adapters that every call of the experts function was given: (up, down), a rank each."""
+    taken = []
+    original = experts_module.low_rank_of
+
+    def spy(experts, name):
+        found = original(experts, name)
+        taken.append((name, found and found.a.shape[2]))
+        return found
+
+    monkeypatch.setattr(experts_module, "low_rank_of", spy)
+    return taken
+
+
+# ---- models ---------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """What PEFT can wrap: a module that has the experts."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return self.experts(hidden_states, top_k_index, top_k_weights)
+
+
+MATRICES = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def adapted(model, parameters=MATRICES, **options):
+    """The model with LoRA on its experts, of factors that change as much as the experts do."""
+    found = {name for name, _ in model.named_parameters()}
+    targets = [f"experts.{p}" for p in parameters if any(f.endswith(f"experts.{p}") for f in found)]
+    options = dict(r=R, lora_alpha=2 * R, target_modules=[], target_parameters=targets) | options
+    model = get_peft_model(model, LoraConfig(**options), autocast_adapter_dtype=False)
+    draw_factors(model)
+    return model
+
+
+def draw_factors(model):
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.data = unit(*parameter.shape, fan_in=parameter.shape[1])
+        elif "lora_B" in name:
+            parameter.data = unit(*parameter.shape, fan_in=R)
+
+
+def adapted_experts(**options):
+    """Experts of any layout and gate, wrapped."""
+    return adapted(Block(test_experts.make(**options)))
+
+
+def implementation(model, name):
+    for module in tiny_models.experts_of(model):
+        module.config._experts_implementation = name
+
+
+def draw(routing="distinct"):
+    return dict(
+        hidden_states=unit(T, test_experts.H),
+        top_k_index=draw_experts(T, E, K, routing).long(),
+        top_k_weights=torch.rand(T, K),
+    )
+
+
+def results(model, inputs, name, dtype=torch.float32, run=None):
+    """The output and every gradient of `model` in that dtype on the implementation `name`."""
+    model = copy.deepcopy(model).to(dtype)
+    implementation(model, name)
+    inputs = {
+        n: t.to(dtype).detach().requires_grad_() if t.is_floating_point() else t
+        for n, t in inputs.items()
+    }
+    output = (run or (lambda model, inputs: model(**inputs)))(model, inputs)
+    output = output if isinstance(output, torch.Tensor) else output[0]
+    torch.manual_seed(1)
+    output.backward(torch.randn(output.shape, dtype=torch.float64).to(output.dtype))
+    taken = {n: t.grad for n, t in inputs.items() if t.grad is not None}
+    taken |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert all(
+        n in taken and taken[n].any() for n, p in model.named_parameters() if p.requires_grad
+    )
+    return taken | dict(output=output.detach())
+
+
+def assert_as_peft(model, inputs, dtype=torch.float64, **options):
+    """Against `eager` with PEFT's own path: that in float64, and that in the same dtype."""
+    ours = results(model, inputs, "moe_ext", dtype, **options)
+    peft_s = results(model, inputs, "eager", dtype, **options)
+    oracle = results(model, inputs, "eager", torch.float64, **options)
+    assert ours.keys() == peft_s.keys()
+    for name, expected in oracle.items():
+        assert_within_bound(name, ours[name], expected, peft_s[name], dtype)
+    return ours
+
+
+# ---- the same results -----------------------------------------------------------------
+
+GATES = test_experts.GATES | test_experts.CALLED
+
+
+@pytest.mark.parametrize("has_post_expert_norm", (False, True))
+@pytest.mark.parametrize("has_bias", (False, True))
+@pytest.mark.parametrize("is_transposed", (False, True))
+@pytest.mark.parametrize("gate", GATES)
+def test_layouts_and_gates(gate, is_transposed, has_bias, has_post_expert_norm, handed):
+    model = adapted_experts(
+        **GATES[gate], is_transposed=is_transposed, has_bias=has_bias,
+        has_post_expert_norm=has_post_expert_norm,
+    )  # fmt: skip
+    in_float32 = gate == "beam"  # whatever the model's dtype
+    assert_as_peft(model, draw(), torch.float32 if in_float32 else torch.float64)
+    assert [rank for _, rank in handed] == [R, R]
+
+
+@pytest.mark.parametrize("gate", ("swiglu", "gpt_oss", "relu2", "unknown"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(gate, dtype):
+    assert_as_peft(adapted_experts(**GATES[gate], is_transposed=True, has_bias=True), draw(), dtype)
+
+
+@pytest.mark.parametrize("gate", ("swiglu", "unknown"))
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_routings(gate, routing):
+    model = adapted_experts(**GATES[gate], has_bias=True)
+    inputs = draw(routing)
+    gradients = assert_as_peft(model, inputs)
+    if routing == "sentinels":
+        assert not gradients["top_k_weights"][inputs["top_k_index"] >= E].any()
+
+
+MODELS = (
+    "mixtral.MixtralExperts",
+    "gpt_oss.GptOssExperts",
+    "qwen3_moe.Qwen3MoeExperts",
+    "olmoe.OlmoeExperts",
+    "nemotron_h.NemotronHExperts",
+    "deepseek_v3.DeepseekV3Experts",
+)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, handed):
+    """With adapters on the attention and the router too, which are none of ours."""
+    model = adapted(tiny_models.build(name), target_modules=["q_proj", "o_proj"])
+    inputs = tiny_models.inputs(model.base_model.model)
+    run = dict(run=lambda model, inputs: model(**inputs, use_cache=False)[0])
+    ours = results(model, inputs, "moe_ext", torch.float64, **run)
+    assert len(handed) == 4 and {rank for _, rank in handed} == {R}
+    peft_s = results(model, inputs, "eager", torch.float64, **run)
+    limit = FLOAT32_ERROR if name in FLOAT32_INSIDE else 1e-12
+    for part, expected in peft_s.items():
+        assert relative_error(ours[part], expected) < limit, part
+
+
+# ---- what PEFT can do with its adapters ------------------------------------------------
+
+
+def add_adapter(model, name, **options):
+    targets = model.peft_config["default"].target_parameters
+    model.add_adapter(
+        name, LoraConfig(target_modules=[], target_parameters=targets, **options),
+        autocast_adapter_dtype=False,
+    )  # fmt: skip
+    draw_factors(model)
+
+
+def test_several_adapters(handed):
+    model = adapted_experts(has_bias=True)
+    add_adapter(model, "other", r=2, lora_alpha=3)
+    model.base_model.set_adapter(["default", "other"])
+    assert_as_peft(model, draw())
+    assert {rank for _, rank in handed} == {R + 2}
+
+
+def test_the_active_adapter_counts(handed):
+    model = adapted_experts()
+    add_adapter(model, "other", r=2, lora_alpha=3)
+    inputs = draw()
+    outputs = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        outputs.append(assert_as_peft(model, inputs)["output"])
+    assert relative_error(*outputs) > 0.1
+    assert [rank for _, rank in handed] == [R, R, 2, 2]
+
+
+@pytest.mark.parametrize("parameter", ("gate_up_proj", "down_proj"))
+def test_one_of_both_stacks(parameter, handed):
+    assert_as_peft(adapted_experts_of(parameter), draw())
+    assert [name for name, rank in handed if rank] == [parameter]
+
+
+def adapted_experts_of(*parameters, **options):
+    return adapted(Block(test_experts.make(**options)), parameters)
+
+
+@pytest.mark.parametrize("options", (dict(use_rslora=True), dict(lora_alpha=1)))
+def test_scales(options):
+    model = adapted(Block(test_experts.make()), **options)
+    assert_as_peft(model, draw())
+    for module in model.modules():
+        if isinstance(module, ParamWrapper):
+            module.set_scale("default", 0.3)
+    assert_as_peft(model, draw())
+
+
+def test_disabled_adapters(handed):
+    experts = test_experts.make()
+    inputs = draw()
+    experts.config._experts_implementation = "moe_ext"
+    expected = experts(**inputs)
+    model = adapted(Block(experts))
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs), expected)
+    assert relative_error(model(**inputs), expected) > 0.1
+    assert [rank for _, rank in handed] == [None] * 4 + [R] * 2
+
+
+def test_merging(handed):
+    """A merged adapter is in the weights: nothing is handed over, and it counts once."""
+    model = adapted_experts().double()
+    implementation(model, "moe_ext")
+    inputs = {n: t.double() if t.is_floating_point() else t for n, t in draw().items()}
+    outputs = [model(**inputs)]
+    model.merge_adapter()
+    outputs.append(model(**inputs))
+    model.unmerge_adapter()
+    outputs.append(model(**inputs))
+    outputs.append(model.merge_and_unload()(**inputs))
+    for output in outputs[1:]:
+        assert relative_error(output, outputs[0]) < 1e-13
+    assert [rank for _, rank in handed] == [R, R, None, None] * 2
+
+
+def test_saving_and_loading(tmp_path):
+    model = adapted(tiny_models.build("mixtral.MixtralExperts"))
+    model.set_experts_implementation("moe_ext")
+    inputs = tiny_models.inputs(model.base_model.model)
+    expected = model(**inputs).logits
+    names = list(model.state_dict())
+    model.save_pretrained(tmp_path)
+    assert list(model.state_dict()) == names
+    base = copy.deepcopy(model).unload()
+    base.set_experts_implementation("moe_ext")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False)
+    assert torch.equal(loaded(**inputs).logits, expected)
+
+
+def test_float32_adapters_of_a_bfloat16_model():
+    """As PEFT makes them: the factors are rounded to the experts' dtype, their gradients not."""
+
+    def mixed(model, inputs):
+        if inputs["hidden_states"].dtype == torch.bfloat16:
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.float()
+        return model(**inputs)
+
+    gradients = assert_as_peft(adapted_experts(), draw(), torch.bfloat16, run=mixed)
+    adapters = {g.dtype for name, g in gradients.items() if "lora_" in name}
+    assert adapters == {torch.float32} and gradients["output"].dtype == torch.bfloat16
+
+
+def test_gradient_checkpointing():
+    model = adapted(tiny_models.build("qwen3_moe.Qwen3MoeExperts")).train()
+    inputs = tiny_models.inputs(model.base_model.model)
+
+    def checkpointed(model, inputs):
+        model.base_model.model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.enable_input_require_grads()
+        return model(**inputs, use_cache=False)[0]
+
+    run = dict(run=lambda model, inputs: model(**inputs, use_cache=False)[0])
+    plain = results(model, inputs, "moe_ext", **run)
+    again = results(model, inputs, "moe_ext", run=checkpointed)
+    for name, expected in plain.items():
+        assert torch.equal(again[name], expected), name
+
+
+# ---- memory ----------------------------------------------------------------------------
+
+
+def kept_bytes(model, inputs, name):
+    """Of the tensors that autograd keeps for the backward pass, parameters and inputs aside."""
+    implementation(model, name)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *inputs.values())}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(**inputs)
+    kept = sum(s.nbytes() for pointer, s in storages.items() if pointer not in own)
+    assert output.requires_grad
+    return kept
+
+
+def test_kept_bytes(monkeypatch):
+    """At Mixtral's proportions, an eighth of its widths and ranks."""
+    for name, size in dict(H=512, I=1792, E=8, T=64, K=2).items():
+        monkeypatch.setattr(test_experts, name, size)
+    model = adapted(Block(test_experts.make()), r=2)
+    inputs = dict(
+        hidden_states=unit(64, 512).requires_grad_(), top_k_index=draw_experts(64, 8, 2).long(),
+        top_k_weights=torch.rand(64, 2).requires_grad_(),
+    )  # fmt: skip
+    ours, peft_s = (kept_bytes(model, inputs, name) for name in ("moe_ext", "eager"))
+    assert ours < peft_s / 10
+
+
+# ---- what is not known -----------------------------------------------------------------
+
+
+def with_dropout(wrapper):
+    wrapper.lora_dropout["default"] = nn.Dropout(0.0)
+
+
+def with_a_bias(wrapper):
+    b = wrapper.lora_B["default"]
+    b.bias = nn.Parameter(torch.zeros(b.out_features), requires_grad=False)
+
+
+def with_a_variant(wrapper):
+    wrapper.lora_variant["default"] = object()
+
+
+def of_another_kind(wrapper):
+    class Other(nn.Linear):
+        pass
+
+    wrapper.lora_A["default"].__class__ = Other
+
+
+def of_another_class(wrapper):
+    class OtherWrapper(ParamWrapper):
+        pass
+
+    wrapper.__class__ = OtherWrapper
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    (
+        (with_dropout, 'adapter "default" has dropout'),
+        (with_a_bias, 'adapter "default" has a bias'),
+        (with_a_variant, 'adapter "default" is a variant of LoRA'),
+        (of_another_kind, 'adapter "default" has factors of an unknown kind'),
+        (of_another_class, "an unknown kind of wrapper, OtherWrapper"),
+    ),
+)
+def test_unknown_adapters_go_the_way_of_peft(change, says, handed):
+    model = adapted_experts()
+    change(model.base_model.model.experts)  # the wrapper of down_proj
+    implementation(model, "moe_ext")
+    inputs = draw()
+    with pytest.warns(UserWarning, match=f"LoRA on Some.down_proj: {says}; PEFT computes it"):
+        model(**inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_as_peft(model, inputs)
+    assert [name for name, rank in handed if rank] == ["gate_up_proj"] * 2
+
+
+def test_adapters_of_a_bias_go_the_way_of_peft():
+    model = adapted_experts_of("gate_up_proj", "down_proj_bias", has_bias=True)
+    implementation(model, "moe_ext")
+    with pytest.warns(UserWarning, match="down_proj_bias: not a matrix of the experts"):
+        model(**draw())
+    assert_as_peft(model, draw())
+
+
+def test_other_implementations_are_left_to_peft(handed):
+    model = adapted_experts()
+    for name in ("eager", "grouped_mm"):
+        implementation(model, name)
+        model(**draw())
+    experts = model.base_model.model.experts.get_base_layer()
+    assert not handed and not any("moe_ext" in name for name in vars(experts))
+
+
+# ---- the patch -------------------------------------------------------------------------
+
+
+def test_register_after_everything_else(monkeypatch):
+    activate = ParamWrapper._activate_lora.before_moe_ext
+    monkeypatch.setattr(ParamWrapper, "_activate_lora", activate)
+    model = adapted_experts()
+    assert ParamWrapper._activate_lora is activate
+    register()
+    register()
+    assert ParamWrapper._activate_lora.before_moe_ext is activate
+    assert_as_peft(model, draw())
+
+
+def test_nothing_stays_behind():
+    """Also after an error in the experts."""
+    model = adapted_experts()
+    implementation(model, "moe_ext")
+    experts = model.base_model.model.experts.get_base_layer()
+    attributes = set(vars(experts))
+    model(**draw())
+    with pytest.raises((RuntimeError, ValueError)):
+        model(**draw() | dict(hidden_states=unit(T, 1)))
+    assert set(vars(experts)) == attributes

@@ -6,6 +6,7 @@
 #   make lint     ruff, clang-format          make format rewrites
 #   make mutants  plants faults; each must be caught by the tests
 #   make bench    the layer's benchmarks      ARGS go to benchmarks/bench_layer.py
+#   make bench-models  published models' blocks in transformers; ARGS to benchmarks/bench_models.py
 #   make installed  builds a source archive, installs it elsewhere, runs its self-test
 #   make kernels  compiles the parts without torch alone, through CMake
 #   make clean    removes all of it
@@ -35,7 +36,7 @@ CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # xdist fills the cores with processes; a thread each is then the fastest.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: test demo lint format mutants bench installed kernels build clean \
+.PHONY: test demo lint format mutants bench bench-models installed kernels build clean \
         emulated nvcc cuda-import gpu gpu-build gpu-tests gpu-sanitizer gpu-bench
 
 test: build
@@ -49,6 +50,9 @@ mutants: build
 
 bench: build
 	$(RUN) benchmarks/bench_layer.py $(ARGS)
+
+bench-models: build
+	$(RUN) benchmarks/bench_models.py $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

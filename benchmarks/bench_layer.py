@@ -215,22 +215,16 @@ def bench_case(name, shape, dtype, device, repeats, read):
 
 def summary(times):
     """Medians in seconds, ours as a share of the bound and against each peer."""
-    ours = times["ours"]
-    medians = {side: statistics.median(seconds) for side, seconds in times.items()}
-    peers = [side for side in times if side not in ("ours", "bound")]
-    best = min(peers, key=medians.get)
-
-    def against(side):  # a side too slow for the rounds was timed once
-        rounds = times[side] if len(times[side]) == len(ours) else [medians[side]] * len(ours)
-        return harness.ratio(rounds, ours)
-
+    result = harness.compared(times)
+    share = result["against"].pop("bound")
+    best = min(result["against"], key=result["seconds"].get)
     return {
-        "seconds": medians,
-        "fastest_seconds": {side: min(seconds) for side, seconds in times.items()},
-        "share_of_bound": against("bound"),
+        "seconds": result["seconds"],
+        "fastest_seconds": result["fastest_seconds"],
+        "share_of_bound": share,
         "best_peer": best,
-        "against_best_peer": against(best),
-        "against": {side: against(side) for side in peers},
+        "against_best_peer": result["against"][best],
+        "against": result["against"],
     }
 
 

@@ -1,5 +1,6 @@
 """What every benchmark needs: fair timing, the machine's description, results files."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -17,15 +18,46 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def interleaved(contestants, repeats, *, prepare=None, patience=20.0, at_least=2.0, turn=20e-3):
+class TooSlow(Exception):
+    """Raised inside a call that `stopped_after` ends."""
+
+
+@contextlib.contextmanager
+def stopped_after(seconds):
+    """Ends what runs inside with TooSlow, at the first tensor that it saves for the backward
+    pass, or takes up in it, after that many seconds. A call without a gradient runs on."""
+    end = time.perf_counter() + seconds
+
+    def check(tensor):
+        if time.perf_counter() > end:
+            raise TooSlow
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(check, check):
+        yield
+
+
+def interleaved(
+    contestants,
+    repeats,
+    *,
+    prepare=None,
+    patience=20.0,
+    give_up=None,
+    at_least=2.0,
+    at_most=None,
+    turn=20e-3,
+):
     """{name: [seconds a call, ...]}: the contestants take turns, round by round, so that a
     slow moment of the machine hits all of them.
 
     contestants: {name: function()}. prepare: called before each call, untimed. A turn is
     one call; of calls shorter than `turn` seconds, as many as fill it, since a model runs
     its small layers one after another. Short rounds are more than `repeats`, until they
-    fill `at_least` seconds. A contestant whose warm-up takes longer than `patience`
-    seconds counts by that one call; its list holds a single time.
+    fill `at_least` seconds; long ones are fewer, but three, to keep within `at_most`. A
+    contestant that takes longer than `patience` seconds after its warm-up counts by that one
+    call; its list holds a single time. One whose warm-up takes longer than `give_up` is stopped in its
+    forward or backward pass; its list is empty.
     """
 
     def timed(function, calls=1):
@@ -38,15 +70,52 @@ def interleaved(contestants, repeats, *, prepare=None, patience=20.0, at_least=2
             seconds += time.perf_counter() - begin
         return seconds / calls
 
-    times = {name: [timed(function)] for name, function in contestants.items()}
-    quick = {name: f for name, f in contestants.items() if times[name][0] <= patience}
-    calls = {name: max(1, int(turn / timed(function))) for name, function in quick.items()}
-    round_seconds = sum(calls[name] * timed(function) for name, function in quick.items())
+    def warmed_up(function):
+        """Seconds; None if it was stopped."""
+        if give_up is None:
+            return timed(function)
+        try:
+            with stopped_after(give_up):
+                return timed(function)
+        except TooSlow:
+            return None
+
+    first = {name: warmed_up(function) for name, function in contestants.items()}
+    times = {
+        name: [] if first[name] is None else [timed(function)]
+        for name, function in contestants.items()
+    }
+    quick = {name: t[0] for name, t in times.items() if t and t[0] <= patience}
+    calls = {name: max(1, int(turn / seconds)) for name, seconds in quick.items()}
+    if quick:
+        round_seconds = sum(calls[name] * seconds for name, seconds in quick.items())
+        repeats = max(repeats, min(400, int(at_least / round_seconds)))
+        if at_most is not None:
+            repeats = max(3, min(repeats, int(at_most / round_seconds)))
     times.update({name: [] for name in quick})
-    for _ in range(max(repeats, min(400, int(at_least / round_seconds)))):
-        for name, function in quick.items():
-            times[name].append(timed(function, calls[name]))
+    for _ in range(repeats):
+        for name in quick:
+            times[name].append(timed(contestants[name], calls[name]))
     return times
+
+
+def compared(times, us="ours"):
+    """What `interleaved` measured of us and of our peers: medians, the fastest times, and
+    {peer: its time over ours, the median of the rounds' ratios}. Who was stopped is left out."""
+    times = {side: seconds for side, seconds in times.items() if seconds}
+    medians = {side: statistics.median(seconds) for side, seconds in times.items()}
+    ours = times[us]
+
+    def against(side):  # a side too slow for the rounds was timed once
+        rounds = times[side] if len(times[side]) == len(ours) else [medians[side]] * len(ours)
+        return ratio(rounds, ours)
+
+    return {
+        "rounds": len(ours),
+        "seconds": medians,
+        "fastest_seconds": {side: min(seconds) for side, seconds in times.items()},
+        "against": {side: against(side) for side in times if side != us},
+    }
 
 
 def ratio(numerators, denominators):
@@ -118,8 +187,12 @@ def cpu_model():
     return platform.processor()
 
 
-def machine():
+def machine(device="cpu"):
+    gpu = {}
+    if device == "cuda":
+        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return {
+        **gpu,
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -152,12 +152,17 @@ def update_readme(results_path, readme):
     chart(results, picture)
     link = picture.relative_to(readme.parent).as_posix()
     body = f"![Speed as a share of the dense bound]({link})\n\n{table(results)}"
+    write_between(readme, "benchmark", body)
+
+
+def write_between(readme, marker, body):
+    """Replaces what stands between README's markers of that name."""
     text, count = re.subn(
-        r"(<!-- benchmark -->\n).*?(<!-- /benchmark -->)",
+        rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)",
         lambda match: f"{match[1]}{body}\n{match[2]}",
         readme.read_text(),
         flags=re.DOTALL,
     )
     if count != 1:
-        raise ValueError(f"{readme} must have one pair of benchmark markers, found {count}")
+        raise ValueError(f"{readme} must have one pair of {marker} markers, found {count}")
     readme.write_text(text)

@@ -1,0 +1,176 @@
+"""The benchmarks' own parts: fair rounds, honest results files, tables. No timing is judged."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench_models  # noqa: E402
+import harness  # noqa: E402
+import published  # noqa: E402
+import report_models  # noqa: E402
+
+sys.path.pop(0)
+
+SMALL = dict(hidden_size=32, num_local_experts=8, num_experts_per_tok=2)
+SIZES = {
+    "mixtral": dict(intermediate_size=16),
+    "olmoe": dict(intermediate_size=16),
+    "qwen3": dict(moe_intermediate_size=16),
+    "deepseek_v3": dict(moe_intermediate_size=16, n_group=2, topk_group=1),
+    "gpt_oss": dict(intermediate_size=16),
+}
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    for name, sizes in SIZES.items():
+        model = published.MODELS[name]
+        small = model._replace(sizes={**model.sizes, **SMALL, **sizes}, tokens=8)
+        monkeypatch.setitem(published.MODELS, name, small)
+    monkeypatch.setattr(harness, "MemoryRead", lambda: lambda: None)  # a second and a gigabyte
+    monkeypatch.setattr(published, "NUMBERS", 9973)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench_models.py", *map(str, arguments)])
+    bench_models.main()
+
+
+def test_every_model_runs_every_task_and_becomes_a_table(small_models, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "models_cpu.json"
+    run(monkeypatch, "--quick", "--repeats", 3, "--lora", "--out", out)
+    cases = json.loads(out.read_text())["cases"]
+    assert [(c["shape"], c["dtype"]) for c in cases] == [
+        (name, dtype) for name in published.MODELS for dtype in ("float32", "bfloat16")
+    ]
+    for case in cases:
+        assert list(case["tasks"]) == ["prefill", "decode_1", "decode_16", "train"]
+        assert case["experts"] == case["experts_of_model"] == 8
+        for result in case["tasks"].values():
+            assert list(result["seconds"]) == list(published.IMPLEMENTATIONS)
+            assert list(result["against"]) == ["eager", "grouped_mm", "batched_mm"]
+            assert all(ratio > 0 for ratio in result["against"].values())
+            assert result["rounds"] >= 3 and result["left_out"] == {}
+        saved = case["tasks"]["train"]["saved_bytes"]
+        assert 0 < saved["moe_ext"] < saved["grouped_mm"] < saved["batched_mm"]
+
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- models -->\nold\n<!-- /models -->\nafter\n")
+    report_models.update_readme(out, readme)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- models -->\n![") and text.endswith(
+        "<!-- /models -->\nafter\n"
+    )
+    assert sum("32 x 16, 8 experts, top 2" in line for line in text.splitlines()) == len(cases)
+    assert out.with_suffix(".svg").exists()
+
+
+def test_lora_is_timed_on_peft_s_adapters(small_models, monkeypatch, tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "models.json"
+    monkeypatch.setattr(published, "LORA_RANK", 4)
+    run(monkeypatch, "--quick", "--models", "olmoe", "--dtypes", "float32", "--out", out)
+    lora = json.loads(out.read_text())["cases"][0]["tasks"]["lora"]
+    assert lora["rank"] == 4 and list(lora["seconds"]) == list(published.IMPLEMENTATIONS)
+    assert lora["saved_bytes"]["moe_ext"] < lora["saved_bytes"]["grouped_mm"]
+
+
+def test_a_model_that_does_not_fit_has_its_experts_halved(small_models):
+    model = published.MODELS["mixtral"]
+    whole = published.make_block(model, torch.float32, "cpu", 1 << 30)
+    size = published.weights_bytes(whole)
+    halved = published.make_block(model, torch.float32, "cpu", 4 * size - 1)
+    assert whole.experts.config.num_local_experts == 8
+    assert halved.experts.config.num_local_experts == 4
+    assert halved.gate.weight.shape == (4, 32)
+    with pytest.raises(ValueError, match="Mixtral-8x7B-v0.1 do not fit"):
+        published.make_block(model, torch.float32, "cpu", size / 8)
+
+
+def test_contestants_share_the_parameters_and_no_two_experts_are_alike(small_models):
+    block = published.make_block(published.MODELS["gpt_oss"], torch.float32, "cpu", 1 << 30)
+    twins = published.on_every_implementation(block)
+    for implementation, twin in twins.items():
+        assert twin.experts.config._experts_implementation == implementation
+        for ours, theirs in zip(block.parameters(), twin.parameters()):
+            assert ours is theirs
+    for stack in block.experts.parameters():
+        assert len({expert.flatten()[0].item() for expert in stack.detach()}) == 8
+
+
+def test_a_peer_with_another_result_is_not_timed(small_models, monkeypatch, tmp_path):
+    from moe_ext.integrations.transformers import experts
+
+    def wrong(*arguments):
+        return 1.001 * right(*arguments)
+
+    right = experts.experts_forward
+    monkeypatch.setattr(experts, "experts_forward", wrong)
+    try:
+        with pytest.raises(RuntimeError, match="moe_ext: 1.00e-03 of eager's norm away"):
+            run(monkeypatch, "--quick", "--models", "qwen3", "--out", tmp_path / "models.json")
+    finally:
+        monkeypatch.undo()
+        experts.register()
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_is_too_slow_is_stopped_in_the_backward_pass():
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            time.sleep(0.02)
+            steps.append(ctx.saved_tensors)
+            return dy
+
+    def slow():
+        y = x
+        for _ in range(50):
+            y = Slow.apply(y)
+        y.sum().backward()
+
+    steps = []
+    x = torch.ones(2, requires_grad=True)
+    times = harness.interleaved({"ours": x.sin, "slow": slow}, 3, at_least=0, give_up=0.1)
+    assert times["slow"] == [] and len(times["ours"]) == 3
+    assert 1 <= len(steps) < 25
+    assert list(harness.compared(times)["seconds"]) == ["ours"]
+
+
+def test_rounds_fill_a_time_and_stay_within_another():
+    def calls(seconds, **limits):
+        def call():
+            time.sleep(seconds)
+            count.append(1)
+
+        count = []
+        harness.interleaved({"ours": call}, 5, turn=0, **limits)
+        return len(count) - 2  # less the two that warm up
+
+    assert calls(0, at_least=0) == 5
+    assert calls(0.002, at_least=0.1) > 20
+    assert calls(0.02, at_least=0, at_most=0.08) in (3, 4)
+    assert calls(0.02, at_least=0, at_most=0) == 3
+    assert calls(0.02, patience=0.01) == 0  # counts by the call after the warm-up
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios():
+    times = {"ours": [1.0, 2.0, 4.0], "peer": [3.0, 2.0, 8.0], "once": [8.0], "stopped": []}
+    result = harness.compared(times)
+    assert result["rounds"] == 3
+    assert result["seconds"] == {"ours": 2.0, "peer": 3.0, "once": 8.0}
+    assert result["against"] == {"peer": 2.0, "once": 4.0}

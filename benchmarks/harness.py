@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -43,7 +44,7 @@ def interleaved(
     *,
     prepare=None,
     patience=20.0,
-    give_up=None,
+    give_up=math.inf,
     at_least=2.0,
     at_most=None,
     turn=20e-3,
@@ -56,8 +57,9 @@ def interleaved(
     its small layers one after another. Short rounds are more than `repeats`, until they
     fill `at_least` seconds; long ones are fewer, but three, to keep within `at_most`. A
     contestant that takes longer than `patience` seconds after its warm-up counts by that one
-    call; its list holds a single time. One whose warm-up takes longer than `give_up` is stopped in its
-    forward or backward pass; its list is empty.
+    call; its list holds a single time. One whose warm-up takes longer than that and `give_up`
+    times as long as the fastest of those before it is stopped, if it computes a gradient; its
+    list is empty.
     """
 
     def timed(function, calls=1):
@@ -70,21 +72,19 @@ def interleaved(
             seconds += time.perf_counter() - begin
         return seconds / calls
 
-    def warmed_up(function):
-        """Seconds; None if it was stopped."""
-        if give_up is None:
-            return timed(function)
+    def warmed_up(function, limit):
+        """[seconds] of the call after the first; [] if the first was stopped."""
         try:
-            with stopped_after(give_up):
-                return timed(function)
+            with stopped_after(limit) if limit < math.inf else contextlib.nullcontext():
+                timed(function)
         except TooSlow:
-            return None
+            return []
+        return [timed(function)]
 
-    first = {name: warmed_up(function) for name, function in contestants.items()}
-    times = {
-        name: [] if first[name] is None else [timed(function)]
-        for name, function in contestants.items()
-    }
+    times, fastest = {}, math.inf
+    for name, function in contestants.items():
+        times[name] = warmed_up(function, max(patience, give_up * fastest))
+        fastest = min([fastest, *times[name]])
     quick = {name: t[0] for name, t in times.items() if t and t[0] <= patience}
     calls = {name: max(1, int(turn / seconds)) for name, seconds in quick.items()}
     if quick:

@@ -95,7 +95,7 @@ MODELS = {
         tokens=256,
     ),
 }
-IMPLEMENTATIONS = ("moe_ext", "eager", "grouped_mm", "batched_mm")
+IMPLEMENTATIONS = ("moe_ext", "grouped_mm", "batched_mm", "eager")
 LORA_RANK = 16
 NUMBERS = (1 << 24) - 3  # random ones, a prime: no expert's weights repeat another's
 

@@ -10,7 +10,7 @@ def milliseconds(seconds):
 
 
 def megabytes(size):
-    return f"{size / 1e6:.3g} MB"
+    return f"{size / 1e6:.3g} MB" if size < 999.5e6 else f"{size / 1e9:.3g} GB"
 
 
 def describe(about):

@@ -28,14 +28,13 @@ def sizes(case):
     experts = f"{case['experts']}"
     if case["experts"] != case["experts_of_model"]:
         experts += f" of {case['experts_of_model']}"
-    return f"{case['hidden']} x {case['intermediate']}, {experts} experts, top {case['top_k']}"
+    return f"{case['hidden']} × {case['intermediate']}, {experts} experts, top {case['top_k']}"
 
 
 def best(result):
     """(the fastest peer, its time over ours)"""
-    peers = result["against"]
-    peer = min(peers, key=result["seconds"].get)
-    return peer, peers[peer]
+    peer = min(result["against"], key=result["against"].get)
+    return peer, result["against"][peer]
 
 
 def lines(case):
@@ -58,7 +57,7 @@ def table(results):
 
     def cell(result):
         peer, times = best(result)
-        return f"{milliseconds(result['seconds']['moe_ext'])}, **{times:.2f}x** {peer}"
+        return f"{milliseconds(result['seconds']['moe_ext'])}, {times:.2f}x {peer}"
 
     def kept(result):
         peer, saved = best(result)[0], result["saved_bytes"]
@@ -70,7 +69,8 @@ def table(results):
     rows, lora_rows = [], []
     for case in results["cases"]:
         tasks = case["tasks"]
-        start = [f"{case['checkpoint']}: {sizes(case)}", case["dtype"], str(case["tokens"])]
+        block = f"{case['checkpoint'].split('/')[1]}: {sizes(case)}"
+        start = [block, case["dtype"], str(case["tokens"])]
         rows.append([*start, *(cell(tasks[task]) for task in TASKS), kept(tasks["train"])])
         if "lora" in tasks:
             lora_rows.append([*start, cell(tasks["lora"]), kept(tasks["lora"])])

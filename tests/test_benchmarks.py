@@ -70,7 +70,7 @@ def test_every_model_runs_every_task_and_becomes_a_table(small_models, monkeypat
     assert text.startswith("before\n<!-- models -->\n![") and text.endswith(
         "<!-- /models -->\nafter\n"
     )
-    assert sum("32 x 16, 8 experts, top 2" in line for line in text.splitlines()) == len(cases)
+    assert sum("32 × 16, 8 experts, top 2" in line for line in text.splitlines()) == len(cases)
     assert out.with_suffix(".svg").exists()
 
 

@@ -153,9 +153,8 @@ struct ColumnBlocks {
       : columns(columns), unit(unit), units((columns + unit - 1) / unit) {
     const int64_t most =
         std::clamp<int64_t>((1 << 17) / std::max<int64_t>(rows, 1), 256, kMatmulColumns) / unit;
-    // Few rows cost the reading of the weights, and long reads are what memory likes; of many
-    // rows a thread that ends early should find more to do.
-    const int64_t wanted = (rows <= 16 ? 2 : 4) * at::get_num_threads();
+    // A thread that ends early should find more to do.
+    const int64_t wanted = 4 * at::get_num_threads();
     groups = std::clamp<int64_t>((wanted + items - 1) / std::max<int64_t>(items, 1), 1,
                                  std::max<int64_t>(units, 1));
     blocks = std::max((units + most - 1) / most, groups);

@@ -130,41 +130,36 @@ inline void from_compute(f16& y, float x) {
   y.bits = uint16_t(half | sign);
 }
 
-template <class T, class S>
-inline void convert_in(T* dst, const S* src, int64_t n) {
-  int64_t i = 0;
-#if defined(__F16C__) && MOE_VECTOR_BYTES == 64
-  if constexpr (__is_same(S, f16)) {
-    for (; i + 16 <= n; i += 16) {
-      _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(src + i))));
-    }
-  }
-#elif defined(__F16C__)
-  if constexpr (__is_same(S, f16)) {
-    for (; i + 8 <= n; i += 8) {
-      _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(src + i))));
-    }
-  }
-#endif
-  for (; i < n; ++i) dst[i] = to_compute(src[i]);
-}
-
 // One vector of T from as many elements of S.
 template <class T, class S>
 MOE_INLINE V<T> load_as(const S* p) {
   if constexpr (__is_same(S, T)) {
     return load(p);
+#if MOE_VECTOR_BYTES == 64
   } else if constexpr (__is_same(S, bf16)) {
-    typedef uint16_t Half __attribute__((vector_size(MOE_VECTOR_BYTES / 2)));
-    typedef uint32_t Whole __attribute__((vector_size(MOE_VECTOR_BYTES)));
-    Half bits;
-    __builtin_memcpy(&bits, p, sizeof bits);
-    return (V<T>)(__builtin_convertvector(bits, Whole) << 16);
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (V<T>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+  } else if constexpr (__is_same(S, f16)) {
+    return (V<T>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif MOE_VECTOR_BYTES == 32
+  } else if constexpr (__is_same(S, bf16)) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (V<T>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+  } else if constexpr (__is_same(S, f16)) {
+    return (V<T>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
   } else {
     T wide[Simd<T>::lanes];
-    convert_in(wide, p, Simd<T>::lanes);
+    for (int i = 0; i < Simd<T>::lanes; ++i) wide[i] = to_compute(p[i]);
     return load(wide);
   }
+}
+
+template <class T, class S>
+inline void convert_in(T* dst, const S* src, int64_t n) {
+  int64_t i = 0;
+  for (; i + Simd<T>::lanes <= n; i += Simd<T>::lanes) store(dst + i, load_as<T>(src + i));
+  for (; i < n; ++i) dst[i] = to_compute(src[i]);
 }
 
 template <class T, class S>

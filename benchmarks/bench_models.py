@@ -1,6 +1,6 @@
 """Published models' MoE blocks inside transformers: moe_ext beside what transformers ships.
 
-    python benchmarks/bench_models.py                                  # about twelve minutes
+    python benchmarks/bench_models.py                                  # 14 minutes on two cores
     python benchmarks/bench_models.py --models olmoe --dtypes float32 --tasks train
     python benchmarks/bench_models.py --device cuda --memory 60 --tokens 4096
     python benchmarks/bench_models.py --models --update-readme         # only README's table

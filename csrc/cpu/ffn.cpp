@@ -152,7 +152,7 @@ struct ColumnBlocks {
   ColumnBlocks(int64_t columns, int64_t rows, int64_t unit, int64_t items)
       : columns(columns), unit(unit), units((columns + unit - 1) / unit) {
     const int64_t most =
-        std::clamp<int64_t>((1 << 17) / std::max<int64_t>(rows, 1), 256, kMatmulColumns) / unit;
+        std::clamp<int64_t>((1 << 15) / std::max<int64_t>(rows, 1), 256, kMatmulColumns) / unit;
     // A thread that ends early should find more to do.
     const int64_t wanted = 4 * at::get_num_threads();
     groups = std::clamp<int64_t>((wanted + items - 1) / std::max<int64_t>(items, 1), 1,
@@ -232,26 +232,34 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
   const at::Tensor down_bias = in_compute_type<T>(call.down_bias);
   const int32_t* row_token = call.row_token.const_data_ptr<int32_t>();
 
-  const ColumnBlocks up(intermediate, height, 64, blocks.size());
+  // Where gate's and up's columns alternate in memory, a block of both is one product.
+  const bool woven = call.spec.interleaved && call.up_proj.stride(call.transposed ? 2 : 1) == 1;
+  const int64_t step = call.spec.interleaved ? 2 : 1;
+  const ColumnBlocks up(woven ? call.width : intermediate, height, 64, blocks.size());
   const int64_t x_size = block_size<T>(height, hidden), c_size = block_size<T>(height, up.widest());
   for_items<T>(
       blocks.size() * up.groups, call.kept * call.width * hidden,
-      x_size + 2 * c_size + k.matmul_scratch(height, hidden, up.widest()),
+      x_size + (woven ? 3 : 2) * c_size + k.matmul_scratch(height, hidden, up.widest()),
       [&](T* scratch, int64_t item) {
         const RowBlock& block = blocks[item / up.groups];
         const auto [e, begin, end, _] = block;
         const int64_t m = end - begin, turned = turned_of(m);
-        T *x = scratch, *gate = x + x_size, *linear = gate + c_size, *rest = linear + c_size;
+        T *x = scratch, *gate = x + x_size, *linear = gate + c_size, *both = linear + c_size,
+          *rest = woven ? both + c_size : both;
         k.load_block(x, {call.x.const_data_ptr(), call.dtype, call.x.stride(0), row_token + begin},
                      m, turned, hidden);
-        const bool interleaved = call.spec.interleaved;
-        const Weight w_gate = weight_of(call, call.up_proj, e, 0, interleaved ? 2 : 1, false);
-        const Weight w_up = gated ? weight_of(call, call.up_proj, e, interleaved ? 1 : intermediate,
-                                              interleaved ? 2 : 1, false)
-                                  : Weight{};
-        up.for_blocks(item % up.groups, [&](int64_t i0, int64_t i1) {
-          k.matmul_block(gate, x, m, turned, w_gate, hidden, i0, i1, rest);
-          if (gated) k.matmul_block(linear, x, m, turned, w_up, hidden, i0, i1, rest);
+        const Weight w_gate = weight_of(call, call.up_proj, e, 0, woven ? 1 : step, false);
+        const Weight w_up =
+            gated ? weight_of(call, call.up_proj, e, step == 2 ? 1 : intermediate, step, false)
+                  : Weight{};
+        up.for_blocks(item % up.groups, [&](int64_t c0, int64_t c1) {
+          const int64_t i0 = woven ? c0 / 2 : c0, i1 = woven ? c1 / 2 : c1;
+          k.matmul_block(woven ? both : gate, x, m, turned, w_gate, hidden, c0, c1, rest);
+          if (woven) {
+            k.unweave(gate, linear, both, m, i1 - i0);
+          } else if (gated) {
+            k.matmul_block(linear, x, m, turned, w_up, hidden, c0, c1, rest);
+          }
           void* kept_rows =
               kept ? static_cast<char*>(kept) + begin * call.width * size_of(call.dtype) : nullptr;
           k.activate_block(activations_of(block), gate, gated ? linear : nullptr, m, turned, i0, i1,

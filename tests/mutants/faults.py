@@ -457,8 +457,8 @@ fault(
 )
 fault(
     "interleaved: up reads the gate's rows",
-    "interleaved ? 1 : intermediate",
-    "interleaved ? 0 : intermediate",
+    "step == 2 ? 1 : intermediate",
+    "step == 2 ? 0 : intermediate",
     GROUPED + "test_layouts_and_clamps",
 )
 fault(
@@ -538,10 +538,22 @@ fault(
     GROUPED + "test_sizes",
 )
 fault(
-    "weights across k: what is read in place is taken for a packed panel",
-    "const int64_t ldb = in_place ? w.stride_k : width;",
-    "const int64_t ldb = width;",
+    "few rows, weights across k: a chunk of k forgets the ones before",
+    "wide_tiles(c, ldc, k0 > 0,",
+    "wide_tiles(c, ldc, false,",
+    GROUPED + "test_few_tokens_of_long_rows",
+)
+fault(
+    "few rows, weights across k: the columns past the last wide tile are forgotten",
+    "take(std::integral_constant<int, 2>());",
+    "n = cols;",
     GROUPED + "test_few_tokens",
+)
+fault(
+    "few rows, weights across k: all tiles take the first rows",
+    "a + row * lda, lda, w + n,",
+    "a, lda, w + n,",
+    GROUPED + "test_few_tokens_of_long_rows",
 )
 fault(
     "a weight gradient keeps its last 256 rows alone",
@@ -627,6 +639,12 @@ fault(
 )
 
 fault = faults("csrc/cpu/kernels/rows.inl")
+fault(
+    "of columns that alternate in memory, up takes gate's",
+    "o[i] = from[2 * i + 1];",
+    "o[i] = from[2 * i];",
+    GROUPED + "test_layouts_and_clamps",
+)
 fault(
     "a dropped assignment adds row 0",
     "if (index[j] < 0) continue;\n      const T* row = rows + index[j] * ld + c0;",

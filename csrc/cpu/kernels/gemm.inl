@@ -3,7 +3,6 @@
 // the same kind of tile takes it.
 
 constexpr int64_t kDepthChunkNN = 128;
-constexpr int64_t kReadInPlace = 64 << 10;  // bytes
 
 // ---- c = a W^T, W's rows along k
 
@@ -72,6 +71,30 @@ void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const T>& pa
 
 // ---- c = a W^T, W's columns along k
 
+// Of few rows: packing W would cost more than their arithmetic. cols are whole pairs of vectors.
+template <class T, class S>
+void wide_tiles(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, int64_t m, const S* w,
+                int64_t stride_k, int64_t k, int64_t cols) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  for_even_tiles(m, kTallTileNT, [&](int64_t row, int64_t height, int64_t) {
+    with_height<kTallTileNT>(height, [&](auto h) {
+      constexpr int64_t wide = kTileNN / h * 2 * lanes;
+      for (int64_t n = 0; n < cols;) {
+        const auto take = [&](auto vectors) {
+          wide_tile<T, h, vectors>(c + row * ldc + n, ldc, accumulate, a + row * lda, lda, w + n,
+                                   stride_k, k);
+          n += vectors * lanes;
+        };
+        if (n + wide <= cols) {
+          take(std::integral_constant<int, kTileNN / h * 2>());
+        } else {
+          take(std::integral_constant<int, 2>());
+        }
+      }
+    });
+  });
+}
+
 template <class T, class S>
 void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0,
                int64_t n1, T* scratch) {
@@ -80,15 +103,12 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
   for (int64_t k0 = 0; k0 < k; k0 += kDepthChunkNN) {
     const int64_t depth = std::min(kDepthChunkNN, k - k0);
     const S* source = static_cast<const S*>(w.data) + n0 * w.stride_n + k0 * w.stride_k;
-    // Packing costs as much as a tile's arithmetic: a single tile reads W where it lies,
-    // unless its rows are so far apart that memory would wait.
-    bool in_place = false;
-    if constexpr (__is_same(S, T)) {
-      in_place = m <= kTileNN && w.stride_n == 1 && (n1 - n0) % width == 0 &&
-                 depth * w.stride_k * int64_t(sizeof(T)) <= kReadInPlace;
+    if (m <= 2 * kTallTileNT && w.stride_n == 1 && (n1 - n0) % width == 0) {
+      wide_tiles(c, ldc, k0 > 0, a + k0, lda, m, source, w.stride_k, depth, n1 - n0);
+      continue;
     }
     // All panels of these rows at once: W is read along its rows, as memory likes it.
-    for (int64_t i = 0; i < depth && !in_place; ++i) {
+    for (int64_t i = 0; i < depth; ++i) {
       for (int64_t n = n0; n < n1; n += width) {
         const int64_t count = std::min(width, n1 - n);
         const S* from = source + i * w.stride_k + (n - n0) * w.stride_n;
@@ -109,16 +129,14 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
     int64_t turn = 0;
     for (int64_t n = n0; n < n1; n += width) {
       T* column = c + (n - n0);
-      const T* b =
-          in_place ? reinterpret_cast<const T*>(source) + (n - n0) : scratch + (n - n0) * depth;
-      const int64_t ldb = in_place ? w.stride_k : width;
+      const T* b = scratch + (n - n0) * depth;
       for_even_tiles(m, kTileNN, [&](int64_t row, int64_t height, int64_t) {
         const Prefetch ahead = {reinterpret_cast<const char*>(next) + turn++ % lines * kPadBytes, 0,
                                 1, int64_t(w.stride_k * sizeof(S))};
         T* tile = column + row * ldc;
         const Target<T> to = {tile, ldc, k0 > 0 ? tile : nullptr, ldc, false};
         with_height<kTileNN>(height, [&](auto h) {
-          nn_tile<T, h>(to, a + row * lda + k0, lda, 1, b, ldb, depth, ahead);
+          nn_tile<T, h>(to, a + row * lda + k0, lda, 1, b, width, depth, ahead);
         });
       });
     }

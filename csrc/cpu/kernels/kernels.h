@@ -97,6 +97,9 @@ struct Kernels {
   void (*matmul_block)(T* c, const T* a, int64_t m, int64_t turned, Weight w, int64_t k, int64_t n0,
                        int64_t n1, T* scratch);
 
+  // From m rows of 2 * cols columns as they are: the even columns, and the odd ones.
+  void (*unweave)(T* even, T* odd, const T* both, int64_t m, int64_t cols);
+
   // Columns i0..i1 of the block a = activation of the preactivations in the blocks `gate` and
   // `up` of those columns; up is null without a gate. With `kept`, the preactivations also go
   // to row r of kept (dtype, stride).

@@ -23,6 +23,18 @@ void store_rows(void* dst, Dtype dtype, int64_t stride, const T* src, int64_t ld
   });
 }
 
+template <class T>
+void unweave(T* even, T* odd, const T* both, int64_t m, int64_t cols) {
+  for (int64_t r = 0; r < m; ++r) {
+    const T* from = both + r * padded<T>(2 * cols);
+    T *e = even + r * padded<T>(cols), *o = odd + r * padded<T>(cols);
+    for (int64_t i = 0; i < cols; ++i) {
+      e[i] = from[2 * i];
+      o[i] = from[2 * i + 1];
+    }
+  }
+}
+
 // Blocks of 256 columns: the sum of a block stays in the first-level cache.
 constexpr int64_t kSumBlock = 256;
 

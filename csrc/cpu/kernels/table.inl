@@ -6,6 +6,7 @@ constexpr Kernels<T> table(const char* name) {
           load_block<T>,
           store_block<T>,
           matmul_block<T>,
+          unweave<T>,
           activate_block<T>,
           load_rows<T>,
           store_rows<T>,

@@ -6,7 +6,9 @@
 //               k = l mod lanes, and a tree adds the lanes at the end. For rows too few to
 //               fill a panel's vectors.
 //   nn_tile     c (M, 2 vectors) = a (M, K) b (K, 2 vectors): a's elements are broadcast;
-//               b is a packed panel, or a small matrix where it lies.
+//               b is a packed panel.
+//   wide_tile   c (M, N vectors) += a (M, K) w (K, N vectors): for few rows, and w is read where
+//               it lies.
 //
 // While a tile computes, it prefetches weights that come next: a weight is read from memory
 // once, and that read would otherwise cost as much as the arithmetic.
@@ -207,6 +209,38 @@ void nn_tile(Target<T> to, const T* a, int64_t am, int64_t ak, const T* b, int64
     } else {
       store(row, sum[m][0]);
       store(row + lanes, sum[m][1]);
+    }
+  }
+}
+
+// The same for few rows, as wide as registers allow and straight from where the weights lie:
+// every row of them is one long read.
+template <class T, int M, int N, class S>
+void wide_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const S* w,
+               int64_t stride_k, int64_t k) {
+  constexpr int lanes = Simd<T>::lanes, line = kPadBytes / sizeof(S), rows_ahead = 8;
+  V<T> sum[M][N];
+#pragma GCC unroll 24
+  for (int j = 0; j < N; ++j)
+    for (int m = 0; m < M; ++m) sum[m][j] = V<T>{};
+  for (int64_t i = 0; i < k; ++i) {
+#pragma GCC unroll 24
+    for (int j = 0; j < N * lanes; j += line)
+      __builtin_prefetch(w + rows_ahead * stride_k + j, 0, 2);
+    V<T> x[M];
+    for (int m = 0; m < M; ++m) x[m] = splat(a[m * lda + i]);
+#pragma GCC unroll 24
+    for (int j = 0; j < N; ++j) {
+      const V<T> weight = load_as<T>(w + j * lanes);
+      for (int m = 0; m < M; ++m) sum[m][j] += x[m] * weight;
+    }
+    w += stride_k;
+  }
+#pragma GCC unroll 24
+  for (int j = 0; j < N; ++j) {
+    for (int m = 0; m < M; ++m) {
+      T* at = c + m * ldc + j * lanes;
+      store(at, accumulate ? load(at) + sum[m][j] : sum[m][j]);
     }
   }
 }

@@ -28,7 +28,7 @@ namespace moe_ext::cpu {
 namespace avx512 {
 
 // The heights of the register tiles: as many sums as leave registers for the operands.
-constexpr int kTallTileNT = 6, kTileNT = 3, kTileNN = 12, kPanelVectors = 3;
+constexpr int kTallTileNT = 6, kTileNT = 3, kTileNN = 12, kTileWide = 6, kPanelVectors = 3;
 
 #include "all.inl"
 

@@ -71,13 +71,13 @@ void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const T>& pa
 
 // ---- c = a W^T, W's columns along k
 
-// Of few rows: packing W would cost more than their arithmetic. cols are whole pairs of vectors.
+// Reads W where it lies; cols are whole pairs of vectors.
 template <class T, class S>
 void wide_tiles(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, int64_t m, const S* w,
                 int64_t stride_k, int64_t k, int64_t cols) {
   constexpr int64_t lanes = Simd<T>::lanes;
-  for_even_tiles(m, kTallTileNT, [&](int64_t row, int64_t height, int64_t) {
-    with_height<kTallTileNT>(height, [&](auto h) {
+  for_even_tiles(m, kTileWide, [&](int64_t row, int64_t height, int64_t) {
+    with_height<kTileWide>(height, [&](auto h) {
       constexpr int64_t wide = kTileNN / h * 2 * lanes;
       for (int64_t n = 0; n < cols;) {
         const auto take = [&](auto vectors) {
@@ -103,7 +103,9 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
   for (int64_t k0 = 0; k0 < k; k0 += kDepthChunkNN) {
     const int64_t depth = std::min(kDepthChunkNN, k - k0);
     const S* source = static_cast<const S*>(w.data) + n0 * w.stride_n + k0 * w.stride_k;
-    if (m <= 2 * kTallTileNT && w.stride_n == 1 && (n1 - n0) % width == 0) {
+    // Narrow weights are better packed, that is converted once, than read again by every tile.
+    const bool few = m <= 2 * kTileWide;
+    if (w.stride_n == 1 && (n1 - n0) % width == 0 && (few || __is_same(S, T))) {
       wide_tiles(c, ldc, k0 > 0, a + k0, lda, m, source, w.stride_k, depth, n1 - n0);
       continue;
     }

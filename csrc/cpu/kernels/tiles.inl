@@ -7,8 +7,7 @@
 //               fill a panel's vectors.
 //   nn_tile     c (M, 2 vectors) = a (M, K) b (K, 2 vectors): a's elements are broadcast;
 //               b is a packed panel.
-//   wide_tile   c (M, N vectors) += a (M, K) w (K, N vectors): for few rows, and w is read where
-//               it lies.
+//   wide_tile   c (M, N vectors) += a (M, K) w (K, N vectors): w is read where it lies.
 //
 // While a tile computes, it prefetches weights that come next: a weight is read from memory
 // once, and that read would otherwise cost as much as the arithmetic.
@@ -213,8 +212,7 @@ void nn_tile(Target<T> to, const T* a, int64_t am, int64_t ak, const T* b, int64
   }
 }
 
-// The same for few rows, as wide as registers allow and straight from where the weights lie:
-// every row of them is one long read.
+// As wide as registers allow: what lies far apart in memory is best read in long pieces.
 template <class T, int M, int N, class S>
 void wide_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const S* w,
                int64_t stride_k, int64_t k) {

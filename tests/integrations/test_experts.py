@@ -393,9 +393,10 @@ def test_a_hooked_activation_is_called(taken):
 
 def test_grouped_linear_is_an_op():
     rows, weight, bias = unit(7, 4), unit(3, 4, 5), unit(3, 5)
+    a, b = unit(3, 4, 2), unit(3, 2, 5)  # of LoRA
     offsets = torch.tensor([0, 2, 2, 6], dtype=torch.int32)
-    for b in (bias, None):
-        args = [t if t is None else t.requires_grad_() for t in (rows, weight, b)]
+    for optional in ((bias, a, b), (bias, None, None), (None, a, b), (None, None, None)):
+        args = [t if t is None else t.requires_grad_() for t in (rows, weight, *optional)]
         torch.library.opcheck(torch.ops.moe_ext_transformers.grouped_linear, (*args, offsets))
 
 

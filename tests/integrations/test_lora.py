@@ -6,7 +6,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from moe_ext import reference
 from oracle import (
     ROUTINGS,
     assert_within_bound,
@@ -18,6 +21,7 @@ from oracle import (
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import paths  # noqa: E402
 import test_experts  # noqa: E402
 import tiny_models  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
@@ -52,6 +56,13 @@ def handed(monkeypatch):
 
     monkeypatch.setattr(experts_module, "low_rank_of", spy)
     return taken
+
+
+@pytest.fixture
+def taken():
+    """Which way every call of the experts function went."""
+    with paths.recorded() as taken:
+        yield taken
 
 
 # ---- models ---------------------------------------------------------------------------
@@ -147,7 +158,7 @@ GATES = test_experts.GATES | test_experts.CALLED
 @pytest.mark.parametrize("has_bias", (False, True))
 @pytest.mark.parametrize("is_transposed", (False, True))
 @pytest.mark.parametrize("gate", GATES)
-def test_layouts_and_gates(gate, is_transposed, has_bias, has_post_expert_norm, handed):
+def test_layouts_and_gates(gate, is_transposed, has_bias, has_post_expert_norm, handed, taken):
     model = adapted_experts(
         **GATES[gate], is_transposed=is_transposed, has_bias=has_bias,
         has_post_expert_norm=has_post_expert_norm,
@@ -155,6 +166,7 @@ def test_layouts_and_gates(gate, is_transposed, has_bias, has_post_expert_norm, 
     in_float32 = gate == "beam"  # whatever the model's dtype
     assert_as_peft(model, draw(), torch.float32 if in_float32 else torch.float64)
     assert [rank for _, rank in handed] == [R, R]
+    assert taken == ["called" if gate in test_experts.CALLED else "fused with LoRA"]
 
 
 @pytest.mark.parametrize("gate", ("swiglu", "gpt_oss", "relu2", "unknown"))
@@ -229,9 +241,10 @@ def test_the_active_adapter_counts(handed):
     assert [rank for _, rank in handed] == [R, R, 2, 2]
 
 
+@pytest.mark.parametrize("gate", ("swiglu", "unknown"))
 @pytest.mark.parametrize("parameter", ("gate_up_proj", "down_proj"))
-def test_one_of_both_stacks(parameter, handed):
-    assert_as_peft(adapted_experts_of(parameter), draw())
+def test_one_of_both_stacks(parameter, gate, handed):
+    assert_as_peft(adapted_experts_of(parameter, **GATES[gate]), draw())
     assert [name for name, rank in handed if rank] == [parameter]
 
 
@@ -322,6 +335,74 @@ def test_gradient_checkpointing():
         assert torch.equal(again[name], expected), name
 
 
+@pytest.mark.parametrize("has_post_expert_norm", (False, True))
+@pytest.mark.parametrize("gate", ("swiglu", "unknown"))
+def test_autocast(gate, has_post_expert_norm):
+    def autocast(model, inputs):
+        if inputs["hidden_states"].dtype == torch.float64:  # the oracle
+            return model(**inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**inputs)
+
+    model = adapted_experts(**GATES[gate], has_bias=True, has_post_expert_norm=has_post_expert_norm)
+    inputs = draw()
+    ours, peft_s = (results(model, inputs, n, run=autocast) for n in ("moe_ext", "eager"))
+    oracle = results(model, inputs, "eager", torch.float64)
+    for name, expected in oracle.items():
+        assert_within_bound(name, ours[name], expected, peft_s[name], torch.bfloat16)
+
+
+@pytest.mark.parametrize("gate", ("swiglu", "unknown"))
+@pytest.mark.parametrize("frozen", ("lora_A", "lora_B", "base_layer.lora", "hidden_states"))
+def test_what_is_frozen_has_no_gradient(frozen, gate):
+    model = adapted_experts(**GATES[gate], has_bias=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and frozen not in name)
+
+    def run(model, inputs):
+        return model(**{n: t.detach() if n == frozen else t for n, t in inputs.items()})
+
+    gradients = assert_as_peft(model, draw(), run=run)
+    assert not any(frozen in name for name in gradients)
+
+
+@pytest.mark.parametrize("is_transposed", (False, True))
+@pytest.mark.parametrize("gate", ("swiglu", "relu2", "unknown"))
+def test_experts_that_train_too(gate, is_transposed):
+    model = adapted_experts(**GATES[gate], is_transposed=is_transposed, has_bias=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    gradients = assert_as_peft(model, draw())
+    assert sum("proj" in name for name in gradients) == 4
+
+
+@pytest.mark.parametrize("gate", ("swiglu", "unknown"))
+def test_nothing_but_sentinels(gate):
+    model = adapted_experts(**GATES[gate], has_bias=True)
+    implementation(model, "moe_ext")
+    output = model(**draw() | dict(top_k_index=torch.full((T, K), E)))
+    output.sum().backward()
+    assert not output.any()
+    assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("has_bias", (False, True))
+@pytest.mark.parametrize("is_combined", (False, True))
+def test_lora_ffn_is_an_op(is_combined, has_bias):
+    tokens, hidden, wide, inner, e = 5, 4, 6, 3, 3
+    plan = reference.capacity_scatter(draw_experts(tokens, e, 2, "sentinels"), e)
+    up = unit(e, hidden, wide), unit(e, wide) if has_bias else None
+    down = unit(e, inner, hidden), unit(e, hidden) if has_bias else None
+    tensors = (
+        unit(tokens, hidden), torch.rand(tokens, 2) if is_combined else None,
+        *up, unit(e, hidden, 2), unit(e, 2, wide), *down, None, None,
+    )  # fmt: skip
+    for needs in (True, False):
+        args = [t if t is None else t.detach().requires_grad_(needs) for t in tensors]
+        options = ("swiglu", 0.7, 1.702, 1.0, True, needs)
+        torch.library.opcheck(torch.ops.moe_ext_transformers.lora_ffn, (*args, *plan, *options))
+
+
 # ---- memory ----------------------------------------------------------------------------
 
 
@@ -343,17 +424,60 @@ def kept_bytes(model, inputs, name):
     return kept
 
 
-def test_kept_bytes(monkeypatch):
-    """At Mixtral's proportions, an eighth of its widths and ranks."""
-    for name, size in dict(H=512, I=1792, E=8, T=64, K=2).items():
+# At their proportions: hidden, intermediate, experts, tokens, top_k, rank.
+PROPORTIONS = {
+    "an eighth of Mixtral, 2048 tokens, r=16": (512, 1792, 8, 256, 2, 2),
+    "a quarter of Qwen3-30B-A3B, 2048 tokens, r=16": (512, 192, 128, 512, 8, 4),
+}
+
+
+@pytest.fixture(params=PROPORTIONS.values(), ids=PROPORTIONS)
+def real_model(request, monkeypatch):
+    hidden, intermediate, num_experts, tokens, top_k, rank = request.param
+    for name, size in dict(H=hidden, I=intermediate, E=num_experts).items():
         monkeypatch.setattr(test_experts, name, size)
-    model = adapted(Block(test_experts.make()), r=2)
     inputs = dict(
-        hidden_states=unit(64, 512).requires_grad_(), top_k_index=draw_experts(64, 8, 2).long(),
-        top_k_weights=torch.rand(64, 2).requires_grad_(),
-    )  # fmt: skip
-    ours, peft_s = (kept_bytes(model, inputs, name) for name in ("moe_ext", "eager"))
+        hidden_states=unit(tokens, hidden).requires_grad_(),
+        top_k_index=draw_experts(tokens, num_experts, top_k).long(),
+        top_k_weights=torch.rand(tokens, top_k).requires_grad_(),
+    )
+    return adapted(Block(test_experts.make()), r=rank), inputs
+
+
+def test_kept_bytes(real_model):
+    ours, peft_s = (kept_bytes(*real_model, name) for name in ("moe_ext", "grouped_mm"))
     assert ours < peft_s / 10
+
+
+class LargestTensor(TorchDispatchMode):
+    """Of all that any op makes, the most elements; views of the parameters are not made."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.numel = 0
+        self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.own:
+                self.numel = max(self.numel, t.numel())
+        return result
+
+
+@pytest.mark.parametrize("gate", ("swiglu", "unknown"))
+def test_nothing_of_a_stacks_size_is_made(gate):
+    """Forward and backward: no merged copy, no gradient of what is frozen."""
+    model = adapted_experts(**GATES[gate])
+    inputs = {n: t[:1] for n, t in draw().items()}
+    sizes = {}
+    for name in ("moe_ext", "eager"):
+        implementation(model, name)
+        with LargestTensor(model) as largest:
+            model(**inputs).sum().backward()
+        sizes[name] = largest.numel
+    stacks = [t.numel() for n, t in model.named_parameters() if n.endswith("proj")]
+    assert sizes["moe_ext"] < min(stacks) < max(stacks) <= sizes["eager"]
 
 
 # ---- what is not known -----------------------------------------------------------------

@@ -12,6 +12,7 @@ from ...reference import accumulation_dtype
 from .gates import fused_options
 from .health import observe
 from .lora import install, low_rank_of
+from .lora_ffn import lora_ffn
 from .unfused import called_ffn
 
 
@@ -33,7 +34,7 @@ def register():
 def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     """y[t] = sum_j top_k_weights[t, j] * FFN_e(hidden_states[t]), e = top_k_index[t, j].
 
-    Dropless. Experts whose gate is known run fused; others, and those with LoRA adapters, have
+    Dropless. Experts whose gate is known run fused, with LoRA adapters or without; others have
     their own `_apply_gate` or `act_fn` called on the rows in expert order, with the same results.
 
     Args:
@@ -49,24 +50,27 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     Differentiable in hidden_states, top_k_weights and the module's parameters.
     """
     up, up_bias, down, down_bias = parameters_of(self)
+    parameters = (up, down, up_bias, down_bias)
+    lora = [low_rank_of(self, name) for name in matrices_of(self)]
     x = hidden_states.to(up.dtype)
+    weights = top_k_weights.to(accumulation_dtype(x.dtype))
     plan = capacity_scatter(top_k_index, self.num_experts)
     observe(self, top_k_index)
-    lora = [low_rank_of(self, name) for name in matrices_of(self)]
-    options = fused_options(self, x.dtype) if lora == [None, None] else None
+    options = fused_options(self, x.dtype)
     has_norm = getattr(self, "has_post_expert_norm", False)  # since transformers 5.19 or later
+    is_combined = options is not None and not has_norm
     if options is None:
-        rows = called_ffn(self, x, plan, up, down, up_bias, down_bias, *lora)
-    elif has_norm:
-        rows = grouped_ffn(x, plan, up, down, up_bias, down_bias, **options)
+        y = called_ffn(self, x, plan, *parameters, *lora)
+    elif any(lora):
+        y = lora_ffn(x, weights if is_combined else None, plan, *parameters, *lora, **options)
+    elif is_combined:
+        y = moe_forward(x, weights, plan, *parameters, **options)
     else:
-        weights = top_k_weights.to(accumulation_dtype(x.dtype))
-        y = moe_forward(x, weights, plan, up, down, up_bias, down_bias, **options)
-        return y.to(hidden_states.dtype)
-    if has_norm:
-        rows = self.post_expert_norm(rows)
-    weights = top_k_weights.to(accumulation_dtype(rows.dtype))
-    return weighted_combine(rows, weights, plan).to(hidden_states.dtype)
+        y = grouped_ffn(x, plan, *parameters, **options)
+    if not is_combined:
+        rows = self.post_expert_norm(y) if has_norm else y
+        y = weighted_combine(rows, weights.to(accumulation_dtype(rows.dtype)), plan)
+    return y.to(hidden_states.dtype)
 
 
 def matrices_of(experts):

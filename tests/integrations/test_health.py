@@ -251,6 +251,25 @@ def test_biases_under_other_names_and_in_other_places(name):
         )
 
 
+def test_biases_beside_experts_that_peft_has_wrapped():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer = base_layer
+
+        def forward(self, *args):
+            return self.base_layer(*args)
+
+    model = deepseek_v3().train()
+    for layer in model.model.layers:
+        layer.mlp.experts = Wrapper(Wrapper(layer.mlp.experts))
+    health = RoutingHealth(model, bias_update_rate=0.01)
+    assert list(health.layers) == [f"{name}.base_layer.base_layer" for name in NAMES]
+    model(tokens(4, 16))
+    health.update_biases()
+    assert all(bias.any() for bias in biases(model))
+
+
 def test_biases_balance_a_collapsed_router():
     model = deepseek_v3().train()
     for layer in model.model.layers:
@@ -359,6 +378,17 @@ def test_callback_without_a_trainer():
     state.log_history.append(dict(logs))
     callback.on_log(None, state, control, logs=logs)
     assert logs[f"moe/{NAMES[0]}/tokens"] == 18 and state.log_history[0] == logs
+    summary = {"train_runtime": 1.0}
+    callback.on_log(None, state, control, logs=summary)
+    assert summary == {"train_runtime": 1.0}  # nothing was seen since
+
+
+class Tracker(transformers.TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
 
 
 def test_callback_in_a_trainer(tmp_path):
@@ -370,11 +400,12 @@ def test_callback_in_a_trainer(tmp_path):
         gradient_accumulation_steps=2, report_to=[], save_strategy="no", use_cpu=True,
         disable_tqdm=True,
     )  # fmt: skip
-    trainer = transformers.Trainer(
-        model, arguments, train_dataset=rows, callbacks=[RoutingCallback(bias_update_rate=0.01)]
-    )
+    tracker = Tracker()
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[tracker])
+    trainer.callback_handler.callbacks.insert(0, RoutingCallback(bias_update_rate=0.01))
     trainer.train()
-    logged = [log for log in trainer.state.log_history if "loss" in log]
     # 2 steps of 2 batches of 2 rows of 12 tokens between two logs.
-    assert [log[f"moe/{NAMES[1]}/tokens"] for log in logged] == [96, 96]
+    for logs in (trainer.state.log_history, tracker.logs):
+        counted = [log[f"moe/{NAMES[1]}/tokens"] for log in logs if "loss" in log]
+        assert counted == [96, 96]
     assert 0 < biases(model)[0].abs().max() <= 0.0401

@@ -5,6 +5,7 @@ to the scores for the choice alone (DeepSeek-V3's e_score_correction_bias) it ne
 """
 
 import logging
+import re
 import warnings
 from collections import defaultdict
 
@@ -176,6 +177,10 @@ class RoutingCallback(TrainerCallback):
 
     Biases move after every optimizer step. Every training log gets "moe/<name>/<number>" for
     each layer, also in `trainer.state.log_history`. Arguments are those of `RoutingHealth`.
+
+    A Trainer calls its trackers (`report_to`) before `callbacks`. For the numbers to reach them:
+
+        trainer.callback_handler.callbacks.insert(0, RoutingCallback())
     """
 
     def __init__(self, **options):
@@ -195,7 +200,7 @@ class RoutingCallback(TrainerCallback):
             f"moe/{name}/{key}": value
             for name, stats in self.health.check().items()
             for key, value in stats.items()
-            if isinstance(value, float)
+            if isinstance(value, float) and stats["forwards"]  # none before the run's summary
         }
         logs.update(numbers)
         if state.log_history:
@@ -245,7 +250,8 @@ def _biases(model, watched):
     """{name of the experts: (the module with a bias (E) for their choice, its name there)}."""
     found = {}
     for name, (_, num_experts, _) in watched.items():
-        block = model.get_submodule(name.rpartition(".")[0])
+        experts = re.sub(r"(\.base_layer)+$", "", name)  # PEFT's adapters are wrapped around them
+        block = model.get_submodule(experts.rpartition(".")[0])
         for router in block.modules():
             tensors = router._buffers | router._parameters
             for bias_name in BIASES & tensors.keys():

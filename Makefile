@@ -3,6 +3,7 @@
 #
 #   make test     the suite                   ARGS="-k combine -x" go to pytest
 #   make demo     trains the language models  ARGS="--study" go to examples/train_lm.py
+#   make finetune  a small Mixtral: trained, saved, reloaded, LoRA on its experts
 #   make lint     ruff, clang-format          make format rewrites
 #   make mutants  plants faults; each must be caught by the tests
 #   make bench    the layer's benchmarks      ARGS go to benchmarks/bench_layer.py
@@ -36,7 +37,7 @@ CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # xdist fills the cores with processes; a thread each is then the fastest.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: test demo lint format mutants bench bench-models installed kernels build clean \
+.PHONY: test demo finetune lint format mutants bench bench-models installed kernels build clean \
         emulated nvcc cuda-import gpu gpu-build gpu-tests gpu-sanitizer gpu-bench
 
 test: build
@@ -44,6 +45,9 @@ test: build
 
 demo: build
 	$(RUN) examples/train_lm.py $(ARGS)
+
+finetune: build
+	$(RUN) examples/finetune_mixtral.py $(ARGS)
 
 mutants: build
 	$(RUN) tests/mutants/run.py $(ARGS)

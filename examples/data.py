@@ -38,11 +38,11 @@ class Corpus:
             yield window[:, :-1], window[:, 1:]
 
 
-def load_corpus(path=None, context=256):
+def load_corpus(path=None, context=256, option="--data"):
     """Reads a file, a folder's text files, or (path None) the standard library.
 
     Raises FileNotFoundError where nothing is, ValueError where there is too
-    little text for windows of `context` bytes.
+    little text for windows of `context` bytes; `option` is who asked for the path.
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -53,18 +53,18 @@ def load_corpus(path=None, context=256):
     else:
         root = Path(path)
         if not root.exists():
-            raise FileNotFoundError(f"--data: no such file or folder: {path}")
+            raise FileNotFoundError(f"{option}: no such file or folder: {path}")
         files = [root] if root.is_file() else [p for p in root.rglob("*") if not _hidden(p, root)]
         name = str(path)
 
     texts = _read(sorted(p for p in files if p.is_file()))
     if not texts:
-        raise ValueError(f"--data: no text in {name}")
+        raise ValueError(f"{option}: no text in {name}")
     train, validation = _split(texts)
     needed = 2 * (context + 1)
     if len(train) < needed or len(validation) < needed:
         raise ValueError(
-            f"--data: {name} is too small: a context of {context} needs at least {needed} bytes to"
+            f"{option}: {name} is too small: a context of {context} needs at least {needed} bytes to"
             f" train on and {needed} to validate on, got {len(train):,} and {len(validation):,}"
         )
     megabytes = (len(train) + len(validation)) / 1e6

@@ -1,4 +1,4 @@
-"""The pictures: loss curves, expert load over steps, drop rate and routing entropy."""
+"""The pictures: loss curves, expert load over steps, drop rate and routing entropy; fine-tuning."""
 
 import matplotlib
 
@@ -8,11 +8,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 COLOURS = plt.get_cmap("tab10").colors
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
 
 
 def draw(results, folder):
     """Writes the pictures that the results allow into `folder`; their paths."""
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    plt.rcParams.update(STYLE)
     groups = {}
     for r in results:
         groups.setdefault(r.variant, []).append(r)
@@ -121,3 +122,63 @@ def drop_and_entropy(routed, labels, colours):
         axis.grid(alpha=0.25)
     right.legend(frameon=False)
     return figure
+
+
+# ---- examples/finetune_mixtral.py ------------------------------------------------
+
+
+def draw_finetuning(texts, routing, entropy, path):
+    """What fine-tuning does to the routing, into the file `path`.
+
+    texts: [the name of the text it was trained on, that of the text it is fine-tuned on].
+    routing: {"before fine-tuning": for each text [the numbers of every layer], "after ...": ...}.
+    entropy: for each text, as it was trained on: [(step, [that of every layer])].
+    """
+    plt.rcParams.update(STYLE)
+    rows = len(routing)
+    layers = len(next(iter(routing.values()))[0])
+    figure, axes = plt.subplots(
+        rows + 1, 2, figsize=(11, rows * (0.9 + 0.38 * layers) + 3), layout="constrained",
+        height_ratios=[0.9 + 0.38 * layers] * rows + [3],
+    )  # fmt: skip
+    for row, (moment, of_texts) in zip(axes, routing.items()):
+        for axis, text, stats in zip(row, texts, of_texts):
+            image = load_of_layers(axis, stats)
+            axis.set_title(f"{text}: {moment}", fontsize=10)
+    bar = figure.colorbar(image, ax=axes[:rows], extend="max", aspect=25, pad=0.02)
+    bar.set_label("load / fair share (white: balanced)")
+
+    moments = ("trained on", "fine-tuned on")
+    for axis, text, moment, curve in zip(axes[rows], texts, moments, entropy):
+        steps = [step for step, _ in curve]
+        for layer, values in enumerate(zip(*(values for _, values in curve))):
+            axis.plot(steps, values, color=COLOURS[layer % 10], label=f"layer {layer + 1}")
+        axis.set(title=f"while {moment} {text}", xlabel="step", ylabel="entropy of the load")
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.25)
+    bottom = min(axis.get_ylim()[0] for axis in axes[rows])
+    for axis in axes[rows]:
+        axis.set_ylim(bottom, 1.01)
+    axes[rows, 1].legend(frameon=False, ncols=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def load_of_layers(axis, stats):
+    """One row a layer, one column an expert; beside them the layers' entropy."""
+    share = np.array([layer["load"] / layer["load"].mean() for layer in stats])
+    image = axis.imshow(share, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
+    layers, experts = share.shape
+    if experts <= 16:
+        for (layer, expert), value in np.ndenumerate(share):
+            colour = "white" if abs(value - 1) > 0.65 else "black"
+            axis.text(expert, layer, f"{value:.1f}", ha="center", va="center", color=colour, size=8)
+    for layer, numbers in enumerate(stats):
+        axis.text(experts - 0.4, layer, f"{numbers['entropy']:.2f}", va="center", size=9)
+    axis.text(experts - 0.4, -0.65, "entropy", va="bottom", size=8)
+    axis.set_yticks(range(layers), [f"layer {i + 1}" for i in range(layers)])
+    axis.set_xticks(range(experts) if experts <= 16 else range(0, experts, experts // 8))
+    axis.set_xlabel("expert")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    return image

@@ -44,12 +44,23 @@ def table(results):
         sizes = [f"{n:,}" for n in (r.tokens_per_second, r.parameters_total, r.parameters_active)]
         sizes[0] = f"{r.tokens_per_second:,.0f}"
         rows.append((r.label, str(r.seed), f"{r.final_loss:.4f}", *sizes, *drops))
+    return aligned(rows)
+
+
+def aligned(rows):
+    """Rows of text as one table: a heading, a rule, the first column to the left."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for label, *numbers in rows:
         cells = [n.rjust(width) for n, width in zip(numbers, widths[1:])]
         lines.append("  ".join([label.ljust(widths[0]), *cells]))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def readable(text):
+    """Bytes as text that no terminal takes for a command."""
+    text = text.decode("utf-8", errors="replace")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def verdict(results):

@@ -24,7 +24,7 @@ from model import SwiGLU, Transformer
 from tqdm import tqdm
 
 import moe_ext
-from report import Result, load, save, table, verdict
+from report import Result, load, readable, save, table, verdict
 
 
 @dataclass
@@ -150,12 +150,6 @@ def validation_loss(model, corpus, args):
     for layer in model.moe_layers():
         layer.stats(reset=True)  # the curves are about training
     return total / count
-
-
-def readable(text):
-    """Bytes as text that no terminal takes for a command."""
-    text = text.decode("utf-8", errors="replace")
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def describe(result):

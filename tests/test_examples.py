@@ -23,10 +23,10 @@ TOY = (
 ).split()
 
 
-def train_lm(*arguments):
+def run_example(*arguments, name="train_lm.py"):
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "train_lm.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
@@ -49,7 +49,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def study(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    process = train_lm(*TOY, "--study", "--data", corpus, "--out", out)
+    process = run_example(*TOY, "--study", "--data", corpus, "--out", out)
     assert process.returncode == 0, process.stderr
     return process, out
 
@@ -90,14 +90,14 @@ def test_every_run_is_recorded(study):
 def test_the_same_seed_gives_the_same_losses_and_resume_keeps_them(study, corpus, tmp_path):
     first = losses(study[1])
     arguments = [*TOY, "--data", corpus, "--out", tmp_path, "--quiet"]
-    assert train_lm(*arguments).returncode == 0
+    assert run_example(*arguments).returncode == 0
     again = losses(tmp_path)
     assert again["dense", 0] == first["dense", 0] and again["moe", 0] == first["moe", 0]
 
     before = (tmp_path / "results.json").stat().st_mtime_ns
-    assert train_lm(*arguments, "--resume").returncode == 0
+    assert run_example(*arguments, "--resume").returncode == 0
     assert (tmp_path / "results.json").stat().st_mtime_ns == before  # nothing ran again
-    assert train_lm(*arguments, "--resume", "--seeds", "2", "--runs", "dense").returncode == 0
+    assert run_example(*arguments, "--resume", "--seeds", "2", "--runs", "dense").returncode == 0
     two = losses(tmp_path)
     assert two["dense", 0] == again["dense", 0] and two["dense", 1] != again["dense", 0]
 
@@ -130,3 +130,33 @@ def test_bad_arguments_are_refused_with_a_reason(tmp_path, capsys):
         assert refused.value.code == 2 and reason in capsys.readouterr().err
     with pytest.raises(SystemExit, match="^train_lm.py: --data: no such file or folder: .*missing"):
         script.main(["--data", str(tmp_path / "missing")])
+
+
+FINETUNE = (
+    "--steps 6 --finetune-steps 6 --batch-size 4 --context 32 --width 32 --heads 2 --layers 2"
+    " --expert-width 32 --experts 4 --rank 2 --validation-windows 8 --sample-bytes 8 --quiet"
+).split()
+
+
+def test_finetuning(corpus, tmp_path):
+    """A Mixtral that is trained, saved, reloaded and fine-tuned; the adapters alone were trained."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    texts = ("--data", corpus, "--finetune-data", corpus)
+    process = run_example(*FINETUNE, *texts, "--out", tmp_path, name="finetune_mixtral.py")
+    assert process.returncode == 0, process.stderr
+    for name in ("base/model.safetensors", "lora/adapter_model.safetensors", "routing.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "trained from scratch" in process.stdout
+    assert "with LoRA, rank 2" in process.stdout
+    assert "merged copy" not in process.stderr  # of what adapters go the other way for
+
+
+def test_finetuning_of_bad_arguments(corpus):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    missing = run_example("--finetune-data", corpus / "no", name="finetune_mixtral.py")
+    assert missing.returncode != 0
+    assert "--finetune-data: no such file or folder" in missing.stderr
+    top_k = run_example("--experts", 2, "--top-k", 3, name="finetune_mixtral.py")
+    assert "--top-k must be at most --experts, got 3 of 2" in top_k.stderr

@@ -35,7 +35,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import harness
 import moe_ext
-import report
+import report_layer
 
 
 class Shape(NamedTuple):
@@ -253,7 +253,7 @@ def main():
         import_seconds=harness.import_seconds(),
     )
     provenance = harness.provenance()  # before results change the checkout
-    print(report.describe(about), flush=True)
+    print(report_layer.describe(about), flush=True)
     for name in arguments.shapes:
         for dtype in arguments.dtypes:
             case = bench_case(
@@ -265,11 +265,11 @@ def main():
                 read,
             )
             case.update(provenance)
-            print(report.lines(case), flush=True)
+            print(report_layer.lines(case), flush=True)
             if not arguments.dry_run:
                 harness.merge_results(path, [case], **about)
     if arguments.update_readme:
-        report.update_readme(path, harness.ROOT / "README.md")
+        report_layer.update_readme(path, harness.ROOT / "README.md")
 
 
 if __name__ == "__main__":

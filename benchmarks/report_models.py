@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from report import megabytes, milliseconds, write_between
+from report_layer import megabytes, milliseconds, write_between
 
 TASKS = {
     "prefill": "prefill",

@@ -1,24 +1,20 @@
 """A layer benchmark's results as text, as README's table and as its chart."""
 
-import json
-import re
-from pathlib import Path
-
-
-def milliseconds(seconds):
-    return f"{seconds * 1e3:.3g} ms" if seconds < 100e-3 else f"{seconds * 1e3:.0f} ms"
-
-
-def megabytes(size):
-    return f"{size / 1e6:.3g} MB" if size < 999.5e6 else f"{size / 1e9:.3g} GB"
+from readme import (
+    load_pyplot,
+    machine_and_versions,
+    markdown,
+    megabytes,
+    milliseconds,
+    save_bars,
+    update,
+    when_and_at,
+)
 
 
 def describe(about):
-    machine = about["machine"]
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads,"
-        f" {machine['capability']}; torch {machine['torch']},"
-        f" transformers {machine['transformers']}, Python {machine['python']};"
+        f"{machine_and_versions(about['machine'])};"
         f" read bandwidth {about['read_bandwidth'] / 1e9:.1f} GB/s;"
         f" import moe_ext {about['import_seconds']:.2f} s beyond torch"
     )
@@ -58,9 +54,6 @@ def table(results):
         peer = f"{result['against_best_peer']:.2f}x ({result['best_peer']})"
         return [milliseconds(result["seconds"]["ours"]), f"{result['share_of_bound']:.2f}", peer]
 
-    def markdown(header, rows):
-        return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-
     train, decode = [], []
     for case in results["cases"]:
         start = [sizes(case), case["dtype"]]
@@ -85,8 +78,6 @@ def table(results):
                 [*start, *cells(case["forward"]), *cells(case["forward_backward"]), kept],
             )
         train_or_decode.append(row)
-    dates = sorted({case["date"].split()[0] for case in results["cases"]})
-    commits = sorted({case["commit"] for case in results["cases"]})
     shape = "T, H, I, E, K"
     return "\n".join(
         [
@@ -103,20 +94,14 @@ def table(results):
                 decode,
             ),
             "",
-            f"{describe(results)}. Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
-            f" at {', '.join(commits)}.",
+            f"{describe(results)}. {when_and_at(results['cases'])}",
         ]
     )  # fmt: skip
 
 
 def chart(results, path):
     """Bars: throughput of ours and of each peer as a share of the bound."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "moe_ext", "font.size": 8})
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     cases = [case for case in results["cases"] if case["kind"] == "train"]
     sides = ["ours", "grouped_mm", "batched_mm", "eager"]
     colors = ["#1f6feb", "#8b949e", "#afb8c1", "#d0d7de"]
@@ -133,36 +118,9 @@ def chart(results, path):
         axis.axvline(1.0, color="#24292f", linewidth=0.8)
         axis.set_title(direction.replace("_", " + "))
         axis.set_xlabel("speed, as a share of the dense bound")
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-    axes[0].set_yticks(range(len(cases)), [f"{sizes(case)}\n{case['dtype']}" for case in cases])
-    axes[0].invert_yaxis()
-    handles, labels = axes[0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles))
-    figure.legend(unique.values(), unique, loc="lower center", ncols=len(unique), frameon=False)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(path, metadata={"Date": None})
+    labels = [f"{sizes(case)}\n{case['dtype']}" for case in cases]
+    save_bars(figure, axes, labels, path)
 
 
 def update_readme(results_path, readme):
-    """Writes the table and the chart's link between README's benchmark markers."""
-    results_path, readme = Path(results_path), Path(readme)
-    results = json.loads(results_path.read_text())
-    picture = results_path.with_suffix(".svg")
-    chart(results, picture)
-    link = picture.relative_to(readme.parent).as_posix()
-    body = f"![Speed as a share of the dense bound]({link})\n\n{table(results)}"
-    write_between(readme, "benchmark", body)
-
-
-def write_between(readme, marker, body):
-    """Replaces what stands between README's markers of that name."""
-    text, count = re.subn(
-        rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)",
-        lambda match: f"{match[1]}{body}\n{match[2]}",
-        readme.read_text(),
-        flags=re.DOTALL,
-    )
-    if count != 1:
-        raise ValueError(f"{readme} must have one pair of {marker} markers, found {count}")
-    readme.write_text(text)
+    update(results_path, readme, "benchmark", "Speed as a share of the dense bound", table, chart)

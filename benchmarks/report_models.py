@@ -1,9 +1,15 @@
 """The published models' results as text, as README's table and as its chart."""
 
-import json
-from pathlib import Path
-
-from report_layer import megabytes, milliseconds, write_between
+from readme import (
+    load_pyplot,
+    machine_and_versions,
+    markdown,
+    megabytes,
+    milliseconds,
+    save_bars,
+    update,
+    when_and_at,
+)
 
 TASKS = {
     "prefill": "prefill",
@@ -15,13 +21,7 @@ LORA = {"lora": "LoRA"}
 
 
 def describe(about):
-    machine = about["machine"]
-    where = f"{machine['gpu']}, CUDA {machine['cuda']}; " if "gpu" in machine else ""
-    return (
-        f"{where}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads,"
-        f" {machine['capability']}; torch {machine['torch']},"
-        f" transformers {machine['transformers']}, Python {machine['python']}"
-    )
+    return machine_and_versions(about["machine"])
 
 
 def sizes(case):
@@ -63,9 +63,6 @@ def table(results):
         peer, saved = best(result)[0], result["saved_bytes"]
         return f"{megabytes(saved['moe_ext'])} ({megabytes(saved[peer])})"
 
-    def markdown(header, rows):
-        return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-
     rows, lora_rows = [], []
     for case in results["cases"]:
         tasks = case["tasks"]
@@ -74,12 +71,6 @@ def table(results):
         rows.append([*start, *(cell(tasks[task]) for task in TASKS), kept(tasks["train"])])
         if "lora" in tasks:
             lora_rows.append([*start, cell(tasks["lora"]), kept(tasks["lora"])])
-    dates = sorted({case["date"].split()[0] for case in results["cases"]})
-    commits = sorted({case["commit"] for case in results["cases"]})
-    note = (
-        f"{describe(results)}. Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
-        f" at {', '.join(commits)}."
-    )
     start = ["block", "dtype", "tokens"]
     return "\n".join(
         [
@@ -87,19 +78,14 @@ def table(results):
             "",
             *markdown([*start, "LoRA training", "kept for backward (PEFT)"], lora_rows),
             "",
-            note,
+            f"{describe(results)}. {when_and_at(results['cases'])}",
         ]
     )
 
 
 def chart(results, path):
     """Bars: every peer's speed as a share of ours, a panel a task."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "moe_ext", "font.size": 8})
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     cases = results["cases"]
     colors = {"grouped_mm": "#8b949e", "batched_mm": "#afb8c1", "eager": "#d0d7de"}
     figure, axes = pyplot.subplots(
@@ -114,22 +100,8 @@ def chart(results, path):
         axis.axvline(1.0, color="#1f6feb", linewidth=1.5)
         axis.set_title(title)
         axis.set_xlabel("speed, ours is 1")
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-    axes[0].set_yticks(range(len(cases)), [f"{case['shape']} {case['dtype']}" for case in cases])
-    axes[0].invert_yaxis()
-    handles, labels = axes[0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles))
-    figure.legend(unique.values(), unique, loc="lower center", ncols=len(unique), frameon=False)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(path, metadata={"Date": None})
+    save_bars(figure, axes, [f"{case['shape']} {case['dtype']}" for case in cases], path)
 
 
 def update_readme(results_path, readme):
-    """Writes the chart's link and the table between README's markers of the models."""
-    results_path, readme = Path(results_path), Path(readme)
-    results = json.loads(results_path.read_text())
-    picture = results_path.with_suffix(".svg")
-    chart(results, picture)
-    link = picture.relative_to(readme.parent).as_posix()
-    write_between(readme, "models", f"![Peers' speed, ours is 1]({link})\n\n{table(results)}")
+    update(results_path, readme, "models", "Peers' speed, ours is 1", table, chart)

@@ -17,15 +17,15 @@ import sys
 import time
 from pathlib import Path
 
-import plots
 import torch
 import torch.nn.functional as F
-from data import load_corpus
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging
 
+import plots
+from data import load_corpus
 from moe_ext.integrations.transformers import RoutingHealth, register
 from report import aligned, readable
 

@@ -16,14 +16,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import plots
 import torch
 import torch.nn.functional as F
-from data import load_corpus
-from model import SwiGLU, Transformer
 from tqdm import tqdm
 
 import moe_ext
+import plots
+from data import load_corpus
+from model import SwiGLU, Transformer
 from report import Result, load, readable, save, table, verdict
 
 

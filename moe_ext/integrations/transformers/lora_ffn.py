@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...functional import _autocast, _needs_gradient, weighted_combine
-from ...reference import ACTIVATIONS, GATES, accumulation_dtype, activate
+from ...reference import GATES, accumulation_dtype, activate, gated_activation
 from ...types import Plan
 from .stacks import Stack, gradients_like, rows_of_each_expert, stack_of, wanted_only
 
@@ -113,11 +113,7 @@ def activate_backward(da, h, activation, limit, alpha, up_offset, interleaved):
         halves = [slice(0, half), slice(half, None)]
     gate, up = (h[:, half] for half in halves)
     g, u = (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))
-    phi = (
-        g * torch.sigmoid(alpha * g)
-        if activation == "swiglu"
-        else ACTIVATIONS[GATES[activation]](g)
-    )
+    phi = gated_activation(g, 0.0, activation, alpha=alpha, up_offset=1.0)
     dgate = da * (u + up_offset) * DERIVATIVES[GATES[activation]](g, alpha)
     dup = da * phi
     if limit is not None:

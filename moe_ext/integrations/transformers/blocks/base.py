@@ -1,5 +1,7 @@
 """What all replacements have in common."""
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,7 +41,7 @@ class Replacement:
         return next(c for c in cls.__mro__ if c.__module__.startswith("transformers.models."))
 
 
-class Stacked(Replacement):
+class Stacked(Replacement, ABC):
     """Experts whose parameters become one for all experts, until they are released.
 
     The modules of the original wait out of the tree, their parameters on the meta device.
@@ -47,13 +49,13 @@ class Stacked(Replacement):
     what is saved from a model with replacements is read by one without.
     """
 
+    @abstractmethod
     def shapes(self):
         """{name: shape} of the parameters here; asked before any of them is made."""
-        raise NotImplementedError
 
+    @abstractmethod
     def views(self):
         """{name in the original: the part of the parameters here that it is}."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def adopt(self):

@@ -239,7 +239,7 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
   const int64_t x_size = block_size<T>(height, hidden), c_size = block_size<T>(height, up.widest());
   for_items<T>(
       blocks.size() * up.groups, call.kept * call.width * hidden,
-      x_size + (woven ? 3 : 2) * c_size + k.matmul_scratch(height, hidden, up.widest()),
+      x_size + (woven ? 3 : 2) * c_size + k.matmul_scratch(height, hidden),
       [&](T* scratch, int64_t item) {
         const RowBlock& block = blocks[item / up.groups];
         const auto [e, begin, end, _] = block;
@@ -273,8 +273,7 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
   const int64_t y_size = block_size<T>(height, down.widest());
   for_items<T>(
       blocks.size() * down.groups, call.kept * intermediate * hidden,
-      y_size + k.matmul_scratch(height, intermediate, down.widest()),
-      [&](T* scratch, int64_t item) {
+      y_size + k.matmul_scratch(height, intermediate), [&](T* scratch, int64_t item) {
         const RowBlock& block = blocks[item / down.groups];
         const auto [e, begin, end, _] = block;
         const int64_t m = end - begin, turned = turned_of(m);
@@ -355,8 +354,8 @@ FfnGradients ffn_backward(const Experts& call, Rows upstream, const T* weight, T
       down(hidden, height, 64, kNoSplit);
   const int64_t dy_size = height * padded<T>(hidden);
   const int64_t c_size = height * padded<T>(std::max(up.widest(), down.widest()));
-  const int64_t matmul_scratch = std::max(k.matmul_scratch(height, hidden, up.widest()),
-                                          k.matmul_scratch(height, width, down.widest()));
+  const int64_t matmul_scratch =
+      std::max(k.matmul_scratch(height, hidden), k.matmul_scratch(height, width));
 
   const bool want_rows = want_x || want_up || want_down || want_up_bias || score;
   for_items<T>(want_rows ? blocks.size() : 0, call.kept * width * hidden,

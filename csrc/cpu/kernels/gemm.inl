@@ -15,58 +15,62 @@ void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const T>& pa
   constexpr int64_t lanes = Simd<T>::lanes, one = sizeof(S);
   const int64_t copy_stride = padded<T>(std::min(k, kDepthChunk));
   const bool turned = panels.vectors > 0;
-  // Of few rows memory is the limit: they read weights where they lie, in one or two tall tiles.
+  // Of few rows memory is the limit: they read weights where they lie, in one or two tall tiles,
+  // and to the rows' ends before other rows begin.
   const bool few = !turned && others <= 2 * kTallTileNT;
-  const int64_t tallest = few ? kTallTileNT : kTileNT;
-  for (int64_t k0 = 0; k0 < k; k0 += kDepthChunk) {
-    const int64_t depth = std::min(kDepthChunk, k - k0), whole = round_up(depth, lanes);
-    const bool adds = k0 > 0;
-    for (int64_t n = n0; n < n1; n += kOctet) {
-      const int64_t count = std::min<int64_t>(kOctet, n1 - n), stride_n = w.stride_n;
-      const S* source = static_cast<const S*>(w.data) + n * stride_n + k0;
-      const char* next = reinterpret_cast<const char*>(source + kOctet * stride_n);
-      // Whole weights of T, or any for tiles that convert as they read, are taken from where
-      // they lie; others through a converted copy, padded with zeros.
-      constexpr bool same = __is_same(S, T);
-      const bool in_place = count == kOctet && whole == depth && (same || few);
-      if (!in_place) {
-        for (int64_t r = 0; r < kOctet; ++r) {
-          const int64_t filled = r < count ? depth : 0;
-          if (filled) convert_in(scratch + r * copy_stride, source + r * stride_n, depth);
-          std::fill(scratch + r * copy_stride + filled, scratch + r * copy_stride + whole, T(0));
+  const int64_t tallest = few ? kTallTileNT : kTileNT, span = few ? kOctet : n1 - n0;
+  for (int64_t begin = n0; begin < n1; begin += span)
+    for (int64_t k0 = 0; k0 < k; k0 += kDepthChunk) {
+      const int64_t depth = std::min(kDepthChunk, k - k0), whole = round_up(depth, lanes);
+      const bool adds = k0 > 0;
+      for (int64_t n = begin, end = std::min(begin + span, n1); n < end; n += kOctet) {
+        const int64_t count = std::min<int64_t>(kOctet, n1 - n), stride_n = w.stride_n;
+        const S* source = static_cast<const S*>(w.data) + n * stride_n + k0;
+        const S* after = source + kOctet * stride_n;
+        if (few) after = k0 + depth < k ? source + depth : after - k0;
+        const char* next = reinterpret_cast<const char*>(after);
+        // Whole weights of T, or any for tiles that convert as they read, are taken from where
+        // they lie; others through a converted copy, padded with zeros.
+        constexpr bool same = __is_same(S, T);
+        const bool in_place = count == kOctet && whole == depth && (same || few);
+        if (!in_place) {
+          for (int64_t r = 0; r < kOctet; ++r) {
+            const int64_t filled = r < count ? depth : 0;
+            if (filled) convert_in(scratch + r * copy_stride, source + r * stride_n, depth);
+            std::fill(scratch + r * copy_stride + filled, scratch + r * copy_stride + whole, T(0));
+          }
         }
+        const T* weight = same && in_place ? reinterpret_cast<const T*>(source) : scratch;
+        const int64_t stride = same && in_place ? stride_n : copy_stride;
+        panels.for_each([&](int64_t first, int64_t width, int64_t tile) {
+          const Prefetch ahead = tile == 0 ? Prefetch{next, stride_n * one, kOctet, kOctet * one}
+                                           : Prefetch{next, 0, 0, 0};
+          with_height<kPanelVectors>(width, [&](auto v) {
+            panel_tile<T, v>(product.data + (n - n0) * product.ld + first * lanes, product.ld, adds,
+                             weight, stride, panels.at(first, width, k0), depth, ahead);
+          });
+        });
+        for_even_tiles(others, tallest, [&](int64_t row, int64_t height, int64_t tile) {
+          const Prefetch ahead = {next, stride_n * one, kOctet, lanes * one};
+          const T* rows = a + row * lda + k0;
+          T* to = product.others + row * ldc + (n - n0);
+          const auto take = [&](auto h, auto prefetches) {
+            if (in_place) {
+              nt_tile<T, h, prefetches>(to, ldc, adds, rows, lda, source, stride_n, whole, ahead);
+            } else {
+              nt_tile<T, h, prefetches>(to, ldc, adds, rows, lda, weight, stride, whole, ahead);
+            }
+          };
+          with_height<kTallTileNT>(height, [&](auto h) {
+            if (!turned && tile == 0) {
+              take(h, std::true_type());
+            } else {
+              take(h, std::false_type());
+            }
+          });
+        });
       }
-      const T* weight = same && in_place ? reinterpret_cast<const T*>(source) : scratch;
-      const int64_t stride = same && in_place ? stride_n : copy_stride;
-      panels.for_each([&](int64_t first, int64_t width, int64_t tile) {
-        const Prefetch ahead = tile == 0 ? Prefetch{next, stride_n * one, kOctet, kOctet * one}
-                                         : Prefetch{next, 0, 0, 0};
-        with_height<kPanelVectors>(width, [&](auto v) {
-          panel_tile<T, v>(product.data + (n - n0) * product.ld + first * lanes, product.ld, adds,
-                           weight, stride, panels.at(first, width, k0), depth, ahead);
-        });
-      });
-      for_even_tiles(others, tallest, [&](int64_t row, int64_t height, int64_t tile) {
-        const Prefetch ahead = {next, stride_n * one, kOctet, lanes * one};
-        const T* rows = a + row * lda + k0;
-        T* to = product.others + row * ldc + (n - n0);
-        const auto take = [&](auto h, auto prefetches) {
-          if (in_place) {
-            nt_tile<T, h, prefetches>(to, ldc, adds, rows, lda, source, stride_n, whole, ahead);
-          } else {
-            nt_tile<T, h, prefetches>(to, ldc, adds, rows, lda, weight, stride, whole, ahead);
-          }
-        };
-        with_height<kTallTileNT>(height, [&](auto h) {
-          if (!turned && tile == 0) {
-            take(h, std::true_type());
-          } else {
-            take(h, std::false_type());
-          }
-        });
-      });
     }
-  }
 }
 
 // ---- c = a W^T, W's columns along k
@@ -184,7 +188,7 @@ void matmul(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64
 }
 
 template <class T>
-int64_t matmul_scratch(int64_t m, int64_t k, int64_t n) {
+int64_t matmul_scratch(int64_t m, int64_t k) {
   const int64_t nt = block_size<T>(m, k) + block_size<T>(m, kMatmulColumns) +
                      kOctet * padded<T>(std::min(k, kDepthChunk));
   const int64_t nn = kMatmulColumns * std::min(k, kDepthChunkNN);

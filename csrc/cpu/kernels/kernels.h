@@ -93,7 +93,7 @@ struct Kernels {
 
   // c = a W(n0..n1, 0..k)^T, blocks of m rows; n1 - n0 <= kMatmulColumns. Turned rows need W's
   // rows to run along k (stride_k 1), and may be summed in another order than the others.
-  // `scratch` holds matmul_scratch(m, k, n1 - n0) elements.
+  // `scratch` holds matmul_scratch(m, k) elements.
   void (*matmul_block)(T* c, const T* a, int64_t m, int64_t turned, Weight w, int64_t k, int64_t n0,
                        int64_t n1, T* scratch);
 
@@ -116,10 +116,10 @@ struct Kernels {
                      int64_t cols);
 
   // c (m, padded<T>(n1-n0)) = a (m, lda) W(n0..n1, 0..k)^T; n1 - n0 <= kMatmulColumns.
-  // `scratch` holds matmul_scratch(m, k, n1 - n0) elements.
+  // `scratch` holds matmul_scratch(m, k) elements.
   void (*matmul)(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0,
                  int64_t n1, T* scratch);
-  int64_t (*matmul_scratch)(int64_t m, int64_t k, int64_t n);
+  int64_t (*matmul_scratch)(int64_t m, int64_t k);
 
   // out rows m0..m1 (dtype, stride) = sum over r of p(r, m) q(r, 0..n): a weight gradient,
   // written past the caches where they would not hold all of it. `scratch` holds

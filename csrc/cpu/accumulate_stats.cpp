@@ -143,16 +143,17 @@ void accumulate_stats(at::Tensor& counts, at::Tensor& score_sums, at::Tensor& to
   total[kMaxLogit] = max_logit;
   total[kForwards] += 1;
 
-  const at::Tensor n = expert_counts.contiguous();
-  const at::Tensor sums = route_score_sums.to(at::kDouble).contiguous();
+  const at::Tensor n = expert_counts.contiguous(), sums = route_score_sums.contiguous();
   int64_t* count = counts.mutable_data_ptr<int64_t>();
   int64_t* step = step_counts ? step_counts->mutable_data_ptr<int64_t>() : nullptr;
   double* score_sum = score_sums.mutable_data_ptr<double>();
-  for (int64_t e = 0; e < num_experts; ++e) {
-    count[e] += n.const_data_ptr<int32_t>()[e];
-    if (step) step[e] += n.const_data_ptr<int32_t>()[e];
-    score_sum[e] += sums.const_data_ptr<double>()[e];
-  }
+  AT_DISPATCH_FLOATING_TYPES(sums.scalar_type(), kOp, [&] {
+    for (int64_t e = 0; e < num_experts; ++e) {
+      count[e] += n.const_data_ptr<int32_t>()[e];
+      if (step) step[e] += n.const_data_ptr<int32_t>()[e];
+      score_sum[e] += sums.const_data_ptr<scalar_t>()[e];
+    }
+  });
 }
 
 }  // namespace

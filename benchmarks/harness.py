@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import gc
 import json
 import math
 import os
@@ -21,6 +22,17 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 class TooSlow(Exception):
     """Raised inside a call that `stopped_after` ends."""
+
+
+@contextlib.contextmanager
+def without_collections():
+    """As in timeit: a collection of Python's garbage falls on whoever is timed just then."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextlib.contextmanager
@@ -93,9 +105,10 @@ def interleaved(
         if at_most is not None:
             repeats = max(3, min(repeats, int(at_most / round_seconds)))
     times.update({name: [] for name in quick})
-    for _ in range(repeats):
-        for name in quick:
-            times[name].append(timed(contestants[name], calls[name]))
+    with without_collections():
+        for _ in range(repeats):
+            for name in quick:
+                times[name].append(timed(contestants[name], calls[name]))
     return times
 
 

@@ -26,7 +26,8 @@ namespace moe_ext::cpu {
 namespace avx2 {
 
 // The heights of the register tiles: as many sums as leave registers for the operands.
-constexpr int kTallTileNT = 2, kTileNT = 1, kTileNN = 6, kTileWide = 3, kPanelVectors = 1;
+constexpr int kTallTileNT = 2, kTileNT = 1, kTileNN = 6, kTileWide = 3;
+constexpr int kPanelVectors = 3, kPanelSums = 12;
 
 #include "all.inl"
 

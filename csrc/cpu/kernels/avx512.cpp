@@ -28,7 +28,8 @@ namespace moe_ext::cpu {
 namespace avx512 {
 
 // The heights of the register tiles: as many sums as leave registers for the operands.
-constexpr int kTallTileNT = 6, kTileNT = 3, kTileNN = 12, kTileWide = 6, kPanelVectors = 3;
+constexpr int kTallTileNT = 6, kTileNT = 3, kTileNN = 12, kTileWide = 6;
+constexpr int kPanelVectors = 3, kPanelSums = 24;
 
 #include "all.inl"
 

@@ -14,7 +14,8 @@ namespace moe_ext::cpu {
 namespace baseline {
 
 // The heights of the register tiles: as many sums as leave registers for the operands.
-constexpr int kTallTileNT = 2, kTileNT = 1, kTileNN = 4, kTileWide = 2, kPanelVectors = 1;
+constexpr int kTallTileNT = 2, kTileNT = 1, kTileNN = 4, kTileWide = 2;
+constexpr int kPanelVectors = 1, kPanelSums = 8;
 
 #include "all.inl"
 

@@ -43,11 +43,18 @@ void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const T>& pa
         const T* weight = same && in_place ? reinterpret_cast<const T*>(source) : scratch;
         const int64_t stride = same && in_place ? stride_n : copy_stride;
         panels.for_each([&](int64_t first, int64_t width, int64_t tile) {
-          const Prefetch ahead = tile == 0 ? Prefetch{next, stride_n * one, kOctet, kOctet * one}
-                                           : Prefetch{next, 0, 0, 0};
           with_height<kPanelVectors>(width, [&](auto v) {
-            panel_tile<T, v>(product.data + (n - n0) * product.ld + first * lanes, product.ld, adds,
-                             weight, stride, panels.at(first, width, k0), depth, ahead);
+            // As many of the eight rows of weights at once as registers have sums for.
+            constexpr int at_once = v * kOctet > kPanelSums ? kOctet / 2 : kOctet;
+            for (int64_t r = 0; r < kOctet; r += at_once) {
+              const char* next_rows = next + r * stride_n * one;
+              const Prefetch ahead =
+                  tile == 0 ? Prefetch{next_rows, stride_n * one, at_once, at_once * one}
+                            : Prefetch{next, 0, 0, 0};
+              panel_tile<T, at_once, v>(product.data + (n - n0 + r) * product.ld + first * lanes,
+                                        product.ld, adds, weight + r * stride, stride,
+                                        panels.at(first, width, k0), depth, ahead);
+            }
           });
         });
         for_even_tiles(others, tallest, [&](int64_t row, int64_t height, int64_t tile) {

@@ -1,6 +1,6 @@
 // The register tiles that do all the work of a matrix product:
 //
-//   panel_tile  c^T (8, N vectors) += w (8, K) p (K, N vectors): w's elements are broadcast
+//   panel_tile  c^T (R, N vectors) += w (R, K) p (K, N vectors): w's elements are broadcast
 //               from where they lie; the panel p is rows of a, turned over.
 //   nt_tile     c (M, 8) += a (M, K) w (8, K)^T, both read along k: lane l of a vector sums
 //               k = l mod lanes, and a tree adds the lanes at the end. For rows too few to
@@ -85,9 +85,9 @@ MOE_INLINE void sum_lanes(const V<float> (&v)[kOctet], float* out, bool accumula
 // One sum of a lane covers no more of k than this: long ones lose digits.
 constexpr int64_t kDepthPanelSum = 384;
 
-// The rows ahead are eight or none; while the tile walks along an eighth of k, it prefetches
-// one of them.
-template <class T, int N>
+// The rows ahead are R or none; while the tile walks along its R-th part of k, it prefetches one
+// of them.
+template <class T, int R, int N>
 void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, const T* panel,
                 int64_t k, Prefetch ahead) {
   constexpr int lanes = Simd<T>::lanes;
@@ -96,30 +96,31 @@ void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, con
   const T *w0 = w, *w3 = w + 3 * ldw, *w6 = w + 6 * ldw;
   // A line is requested once: requests under way take the places that other misses need.
   const int64_t within_line = ahead.step > 0 ? kPadBytes / ahead.step - 1 : -1;
-  int64_t eighths = kOctet;  // that one sum covers
-  while (k * eighths > kOctet * kDepthPanelSum) eighths /= 2;
-  for (int64_t eighth = 0, i = 0; eighth < kOctet;) {
-    V<T> sum[kOctet][N];
+  int64_t parts = R;  // that one sum covers
+  while (k * parts > R * kDepthPanelSum) parts /= 2;
+  for (int64_t part = 0, i = 0; part < R;) {
+    V<T> sum[R][N];
 #pragma GCC unroll 8
-    for (int r = 0; r < kOctet; ++r)
+    for (int r = 0; r < R; ++r)
       for (int j = 0; j < N; ++j) sum[r][j] = V<T>{};
-    for (const int64_t last = eighth + eighths; eighth < last; ++eighth) {
-      const char* next = ahead.at + eighth * ahead.row_stride;
-      for (const int64_t end = k * (eighth + 1) / kOctet; i < end; ++i) {
+    for (const int64_t last = part + parts; part < last; ++part) {
+      const char* next = ahead.at + part * ahead.row_stride;
+#pragma GCC unroll 4
+      for (const int64_t end = k * (part + 1) / R; i < end; ++i) {
         if ((i & within_line) == 0) __builtin_prefetch(next, 0, 2);
         next += ahead.step;
         V<T> x[N];
         for (int j = 0; j < N; ++j) x[j] = load(panel + j * lanes);
         panel += N * lanes;
 #pragma GCC unroll 8
-        for (int r = 0; r < kOctet; ++r) {
+        for (int r = 0; r < R; ++r) {
           const V<T> weight = splat(((r < 3 ? w0 : r < 6 ? w3 : w6) + r % 3 * ldw)[i]);
           for (int j = 0; j < N; ++j) sum[r][j] += x[j] * weight;
         }
       }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kOctet; ++r) {
+    for (int r = 0; r < R; ++r) {
       for (int j = 0; j < N; ++j) {
         T* at = c + r * ldc + j * lanes;
         store(at, accumulate ? load(at) + sum[r][j] : sum[r][j]);

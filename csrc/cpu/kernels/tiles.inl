@@ -105,7 +105,6 @@ void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, con
       for (int j = 0; j < N; ++j) sum[r][j] = V<T>{};
     for (const int64_t last = part + parts; part < last; ++part) {
       const char* next = ahead.at + part * ahead.row_stride;
-#pragma GCC unroll 4
       for (const int64_t end = k * (part + 1) / R; i < end; ++i) {
         if ((i & within_line) == 0) __builtin_prefetch(next, 0, 2);
         next += ahead.step;

@@ -12,6 +12,8 @@ from oracle import bits_equal, relative_error, unit
 
 transformers = pytest.importorskip("transformers")
 
+from test_conformance import FLOAT32_ERROR  # noqa: E402
+
 from moe_ext.integrations.transformers import replace, restore  # noqa: E402
 from moe_ext.integrations.transformers.blocks import FAMILIES  # noqa: E402
 
@@ -272,7 +274,9 @@ def test_saves_and_loads_as_the_original(name, tmp_path):
     assert list(model.state_dict()) == list(state) and bits_equal(dict(model.state_dict()), state)
     model.save_pretrained(tmp_path)
     reloaded = type(original).from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert bits_equal(reloaded(**inputs)[0], expected)
+    assert bits_equal(dict(reloaded.state_dict()), state)
+    # Loaded weights lie at any address, and with it some BLAS change their order of summation.
+    assert relative_error(reloaded(**inputs)[0], expected.double()) < FLOAT32_ERROR
 
     ours = model(**inputs)[0]
     for parameter in model.parameters():

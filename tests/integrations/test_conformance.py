@@ -32,6 +32,7 @@ from oracle import relative_error  # noqa: E402
 CALLED = {
     "beam.BeamExperts": [torch.float64],
     "inkling2.Inkling2Experts": [torch.float32, torch.float64],
+    "inkling2_loop.Inkling2LoopExperts": [torch.float32, torch.float64],
 }
 
 # In float64, results differ by a few of its eps; where the model itself goes through float32
@@ -44,7 +45,10 @@ FLOAT32_INSIDE = {
     "nemotron_h.NemotronHExperts": "the router rounds its input to float32",
     "openai_privacy_filter.OpenAIPrivacyFilterExperts": "the experts compute in float32",
 }
-NO_FLOAT64 = {"inkling2.Inkling2Experts": "its router does not run in float64"}
+NO_FLOAT64 = dict.fromkeys(
+    ("inkling2.Inkling2Experts", "inkling2_loop.Inkling2LoopExperts"),
+    "its router does not run in float64",
+)
 
 
 def compare(name):

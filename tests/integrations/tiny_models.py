@@ -53,6 +53,7 @@ OVERRIDES = dict(
     glm4v_moe=dict(rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 0])),
     glm5_next=dict(qk_rope_head_dim=0, index_kpool=2),
     granitemoehybrid=dict(mamba_n_heads=4, mamba_d_state=8),
+    hy_v4_vl=dict(rope_parameters=dict(rope_type="default", mrope_section=[2, 1, 1])),
     inkling=dict(swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_head_dim=8),
     inkling2=dict(swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_head_dim=8),
     lfm2_moe=dict(layer_types=["full_attention", "conv"]),
@@ -71,6 +72,7 @@ CLASSES = {
     "AriaExperts": "AriaTextForCausalLM",
     "DiffusionGemmaTextExperts": "DiffusionGemmaEncoderTextModel",
     "Ernie4_5_VLMoeMoeExperts": "Ernie4_5_VLMoeTextModel",
+    "HYV4VLExperts": "HYV4VLTextModel",
     "MuseSparkExperts": "MuseSparkTextModel",
     "Qwen3OmniMoeTalkerTextExperts": "Qwen3OmniMoeTalkerModel",
 }

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 
-PROVEN = "5.23.0"
+PROVEN = "5.24.0"
 
 # What the decorator of an experts class says of it, and experts.py heeds.
 FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate"}

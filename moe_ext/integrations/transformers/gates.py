@@ -43,12 +43,12 @@ class Gate(NamedTuple):
     in_float32: bool = False  # whatever the model's dtype, so not for float64
 
 
-# By the fingerprint of `_apply_gate`; which models have it in transformers 5.23.
+# By the fingerprint of `_apply_gate`; which models have it in transformers 5.24.
 GATES_OF_TRANSFORMERS = {
     "a0cdc9b85ceaf0cf": Gate(),  # the decorator's default
     "215319595e48dda1": Gate(in_float32=True),  # beam
     "f40d55cf51496849": Gate(limit="limit"),  # deepseek_v4
-    "11ddbf6b28be8aec": Gate("swiglu", limit="swiglu_limit"),  # glm5_next, hy_v4
+    "11ddbf6b28be8aec": Gate("swiglu", limit="swiglu_limit"),  # glm5_next, hy_v4, hy_v4_vl
     "c8648a009a61ce3c": Gate("swiglu", "swiglu_limit", "swiglu_alpha", 1.0),  # minimax_m3_vl
     "c67222ebfdcf6a4d": Gate("swiglu", "limit", "alpha", 1.0),  # openai_privacy_filter
     "63686633f3cb5d4a": Gate("swiglu", "limit", "alpha", 1.0, interleaved=True),  # gpt_oss

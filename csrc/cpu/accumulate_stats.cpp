@@ -61,7 +61,7 @@ struct TokenEntropy {
         const A d = static_cast<A>(logits[e]) - top;
         const A p = exp_nonpositive(d);
         sum += p;
-        weighted += p > A(0) ? p * d : A(0);
+        weighted += p * (d < A(-1000) ? A(-1000) : d);  // 0, not NaN, where d is -inf
       }
       *entropy = std::log(sum) - weighted / sum;
     }

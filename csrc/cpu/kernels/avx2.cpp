@@ -28,6 +28,10 @@ namespace avx2 {
 // The heights of the register tiles: as many sums as leave registers for the operands.
 constexpr int kTallTileNT = 2, kTileNT = 1, kTileNN = 6, kTileWide = 3;
 constexpr int kPanelVectors = 3, kPanelSums = 12;
+// Steps along k that a tile's loop takes at once.
+constexpr int kDepthUnroll = 4;
+// Whether many rows, too, read weights across k where they lie, if these need no conversion.
+constexpr bool kManyReadInPlace = false;
 
 #include "all.inl"
 

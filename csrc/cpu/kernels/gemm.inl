@@ -114,18 +114,19 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
   for (int64_t k0 = 0; k0 < k; k0 += kDepthChunkNN) {
     const int64_t depth = std::min(kDepthChunkNN, k - k0);
     const S* source = static_cast<const S*>(w.data) + n0 * w.stride_n + k0 * w.stride_k;
-    // Narrow weights are better packed, that is converted once, than read again by every tile.
-    const bool few = m <= 2 * kTileWide;
-    if (w.stride_n == 1 && (n1 - n0) % width == 0 && (few || __is_same(S, T))) {
+    // Read by many tiles, weights are better packed, which also converts them once.
+    const bool in_place = m <= 2 * kTileWide || (kManyReadInPlace && __is_same(S, T));
+    if (w.stride_n == 1 && (n1 - n0) % width == 0 && in_place) {
       wide_tiles(c, ldc, k0 > 0, a + k0, lda, m, source, w.stride_k, depth, n1 - n0);
       continue;
     }
-    // All panels of these rows at once: W is read along its rows, as memory likes it.
+    // All panels of these rows at once: W is read along its rows, as memory likes it. A panel has
+    // room for a row more, so that panels do not fall into one cache set.
     for (int64_t i = 0; i < depth; ++i) {
       for (int64_t n = n0; n < n1; n += width) {
         const int64_t count = std::min(width, n1 - n);
         const S* from = source + i * w.stride_k + (n - n0) * w.stride_n;
-        T* row = scratch + (n - n0) * depth + i * width;
+        T* row = scratch + (n - n0) * (depth + 1) + i * width;
         if (count == width && w.stride_n == 1) {
           convert_in(row, from, width);
         } else {
@@ -142,7 +143,7 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
     int64_t turn = 0;
     for (int64_t n = n0; n < n1; n += width) {
       T* column = c + (n - n0);
-      const T* b = scratch + (n - n0) * depth;
+      const T* b = scratch + (n - n0) * (depth + 1);
       for_even_tiles(m, kTileNN, [&](int64_t row, int64_t height, int64_t) {
         const Prefetch ahead = {reinterpret_cast<const char*>(next) + turn++ % lines * kPadBytes, 0,
                                 1, int64_t(w.stride_k * sizeof(S))};
@@ -198,7 +199,7 @@ template <class T>
 int64_t matmul_scratch(int64_t m, int64_t k) {
   const int64_t nt = block_size<T>(m, k) + block_size<T>(m, kMatmulColumns) +
                      kOctet * padded<T>(std::min(k, kDepthChunk));
-  const int64_t nn = kMatmulColumns * std::min(k, kDepthChunkNN);
+  const int64_t nn = kMatmulColumns * (std::min(k, kDepthChunkNN) + 1);
   return std::max(nt, nn);
 }
 

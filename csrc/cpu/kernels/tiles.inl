@@ -105,6 +105,7 @@ void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, con
       for (int j = 0; j < N; ++j) sum[r][j] = V<T>{};
     for (const int64_t last = part + parts; part < last; ++part) {
       const char* next = ahead.at + part * ahead.row_stride;
+#pragma GCC unroll kDepthUnroll
       for (const int64_t end = k * (part + 1) / R; i < end; ++i) {
         if ((i & within_line) == 0) __builtin_prefetch(next, 0, 2);
         next += ahead.step;
@@ -181,6 +182,7 @@ void nn_tile(Target<T> to, const T* a, int64_t am, int64_t ak, const T* b, int64
   V<T> sum[M][2];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = V<T>{};
+#pragma GCC unroll kDepthUnroll
   for (int64_t i = 0; i < k; ++i) {
     __builtin_prefetch(ahead.at, 0, 2);
     ahead.at += ahead.step;

@@ -26,8 +26,11 @@ namespace moe_ext::cpu {
 namespace avx2 {
 
 // The heights of the register tiles: as many sums as leave registers for the operands.
-constexpr int kTallTileNT = 2, kTileNT = 1, kTileNN = 6, kTileWide = 3;
+constexpr int kTallTileNT = 3, kTileNT = 1, kTileNN = 6, kTileWide = 3;
 constexpr int kPanelVectors = 3, kPanelSums = 12;
+// Rows of weights that at most kTileNT rows read at once.
+// Eight, often a power of two apart, would take all ways of the first-level cache.
+constexpr int kWeightRowsNT = 4;
 // Steps along k that a tile's loop takes at once.
 constexpr int kDepthUnroll = 4;
 // Whether many rows, too, read weights across k where they lie, if these need no conversion.

@@ -134,7 +134,7 @@ void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, con
 template <class T, int M, bool Prefetches, class S>
 void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const S* w, int64_t ldw,
              int64_t k, Prefetch ahead) {
-  constexpr int lanes = Simd<T>::lanes, at_once = M > kTileNT ? kOctet / 2 : kOctet;
+  constexpr int lanes = Simd<T>::lanes, at_once = M > kTileNT ? kOctet / 2 : kWeightRowsNT;
   V<T> sum[M][kOctet];
 #pragma GCC unroll 2
   for (int first = 0; first < kOctet; first += at_once) {

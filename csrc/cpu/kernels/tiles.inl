@@ -135,6 +135,10 @@ template <class T, int M, bool Prefetches, class S>
 void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const S* w, int64_t ldw,
              int64_t k, Prefetch ahead) {
   constexpr int lanes = Simd<T>::lanes, at_once = M > kTileNT ? kOctet / 2 : kWeightRowsNT;
+  // Side by side, or from the first row's begin to the last one's end.
+  const bool side_by_side = ahead.row_stride > kShortRow;
+  const int64_t apart = side_by_side ? ahead.row_stride : ahead.step;
+  const int64_t along = side_by_side ? ahead.step : at_once * ahead.step;
   V<T> sum[M][kOctet];
 #pragma GCC unroll 2
   for (int first = 0; first < kOctet; first += at_once) {
@@ -146,8 +150,8 @@ void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const 
     for (int64_t i = 0; i < k; i += lanes) {
 #pragma GCC unroll 8
       for (int r = 0; r < (Prefetches ? at_once : 0); ++r)
-        __builtin_prefetch(next + r * ahead.row_stride, 0, 2);
-      next += ahead.step;
+        __builtin_prefetch(next + r * apart, 0, 2);
+      next += along;
       V<T> x[M];
       for (int m = 0; m < M; ++m) x[m] = load(a + m * lda + i);
 #pragma GCC unroll 8

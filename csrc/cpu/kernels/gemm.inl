@@ -106,6 +106,23 @@ void wide_tiles(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, int
   });
 }
 
+// The same sums for few rows, four rows of W at a time.
+template <class T, class S>
+void long_tiles(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, int64_t m, const S* w,
+                int64_t stride_k, int64_t k, int64_t cols, T* sums) {
+  constexpr int64_t at_once = 4;
+  for_even_tiles(m, kTileWide, [&](int64_t row, int64_t height, int64_t) {
+    with_height<kTileWide>(height, [&](auto h) {
+      for (int64_t i = 0; i < k; i += at_once) {
+        with_height<at_once>(std::min(at_once, k - i), [&](auto rows) {
+          long_tile<T, h, rows>(c + row * ldc, ldc, accumulate, sums, i == 0, i + at_once >= k,
+                                a + row * lda + i, lda, w + i * stride_k, stride_k, cols);
+        });
+      }
+    });
+  });
+}
+
 template <class T, class S>
 void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0,
                int64_t n1, T* scratch) {
@@ -117,7 +134,11 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
     // Read by many tiles, weights are better packed, which also converts them once.
     const bool in_place = m <= 2 * kTileWide || (kManyReadInPlace && __is_same(S, T));
     if (w.stride_n == 1 && (n1 - n0) % width == 0 && in_place) {
-      wide_tiles(c, ldc, k0 > 0, a + k0, lda, m, source, w.stride_k, depth, n1 - n0);
+      if constexpr (kManyReadInPlace) {
+        wide_tiles(c, ldc, k0 > 0, a + k0, lda, m, source, w.stride_k, depth, n1 - n0);
+      } else {
+        long_tiles(c, ldc, k0 > 0, a + k0, lda, m, source, w.stride_k, depth, n1 - n0, scratch);
+      }
       continue;
     }
     // All panels of these rows at once: W is read along its rows, as memory likes it. A panel has
@@ -199,7 +220,7 @@ template <class T>
 int64_t matmul_scratch(int64_t m, int64_t k) {
   const int64_t nt = block_size<T>(m, k) + block_size<T>(m, kMatmulColumns) +
                      kOctet * padded<T>(std::min(k, kDepthChunk));
-  const int64_t nn = kMatmulColumns * (std::min(k, kDepthChunkNN) + 1);
+  const int64_t nn = kMatmulColumns * std::max<int64_t>(std::min(k, kDepthChunkNN) + 1, kTileWide);
   return std::max(nt, nn);
 }
 

@@ -8,6 +8,8 @@
 //   nn_tile     c (M, 2 vectors) = a (M, K) b (K, 2 vectors): a's elements are broadcast;
 //               b is a packed panel.
 //   wide_tile   c (M, N vectors) += a (M, K) w (K, N vectors): w is read where it lies.
+//   long_tile   c (M, N) += a (M, 4) w (4, N): w is read where it lies, and the sums wait in a
+//               cache.
 //
 // While a tile computes, it prefetches weights that come next: a weight is read from memory
 // once, and that read would otherwise cost as much as the arithmetic.
@@ -245,6 +247,36 @@ void wide_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, cons
     for (int m = 0; m < M; ++m) {
       T* at = c + m * ldc + j * lanes;
       store(at, accumulate ? load(at) + sum[m][j] : sum[m][j]);
+    }
+  }
+}
+
+// Reads `rows` of w from end to end; sums (M, cols) holds what the rows before them gave, unless
+// these are the first. The last ones' sums go to c.
+template <class T, int M, int Rows, class S>
+void long_tile(T* c, int64_t ldc, bool accumulate, T* sums, bool first, bool last, const T* a,
+               int64_t lda, const S* w, int64_t stride_k, int64_t cols) {
+  constexpr int lanes = Simd<T>::lanes;
+  V<T> x[M][Rows];
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < Rows; ++r) x[m][r] = splat(a[m * lda + r]);
+  for (int64_t n = 0; n < cols; n += lanes) {
+    V<T> sum[M];
+    for (int m = 0; m < M; ++m) sum[m] = first ? V<T>{} : load(sums + m * cols + n);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      __builtin_prefetch(w + (Rows + r) * stride_k + n, 0, 2);
+      const V<T> weight = load_as<T>(w + r * stride_k + n);
+      for (int m = 0; m < M; ++m) sum[m] += x[m][r] * weight;
+    }
+    for (int m = 0; m < M; ++m) {
+      T* at = c + m * ldc + n;
+      if (!last) {
+        store(sums + m * cols + n, sum[m]);
+      } else {
+        store(at, accumulate ? load(at) + sum[m] : sum[m]);
+      }
     }
   }
 }

@@ -60,12 +60,12 @@ def save_bars(figure, axes, labels, path):
     figure.savefig(path, metadata={"Date": None})
 
 
-def update(results_path, readme, marker, title, table, chart):
+def update(results_path, readme, title, table, chart):
     """Draws chart(results, path) beside the results; writes its link and table(results) between
-    README's markers of that name."""
+    README's markers of the results' name."""
     results_path, readme = Path(results_path), Path(readme)
     results = json.loads(results_path.read_text())
-    picture = results_path.with_suffix(".svg")
+    picture, marker = results_path.with_suffix(".svg"), results_path.stem
     chart(results, picture)
     link = picture.relative_to(readme.parent).as_posix()
     text, count = re.subn(

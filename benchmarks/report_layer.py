@@ -123,4 +123,4 @@ def chart(results, path):
 
 
 def update_readme(results_path, readme):
-    update(results_path, readme, "benchmark", "Speed as a share of the dense bound", table, chart)
+    update(results_path, readme, "Speed as a share of the dense bound", table, chart)

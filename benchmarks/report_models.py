@@ -104,4 +104,4 @@ def chart(results, path):
 
 
 def update_readme(results_path, readme):
-    update(results_path, readme, "models", "Peers' speed, ours is 1", table, chart)
+    update(results_path, readme, "Peers' speed, ours is 1", table, chart)

@@ -160,7 +160,7 @@ class FFNNumbers(FFNStage):
         self.check(tokens, 72, 56, 9, 2, dtype, **layout)
 
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-    @pytest.mark.parametrize("hidden, width", ((1050, 9), (9, 1050), (160, 288)))
+    @pytest.mark.parametrize("hidden, width", ((1050, 9), (9, 1050), (160, 288), (64, 131)))
     @pytest.mark.parametrize("transposed", (False, True))
     def test_few_tokens_of_long_rows(self, dtype, hidden, width, transposed):
         self.check(9, hidden, width, 3, 2, dtype, transposed=transposed)

@@ -64,11 +64,11 @@ def test_every_model_runs_every_task_and_becomes_a_table(small_models, monkeypat
         assert 0 < saved["moe_ext"] < saved["grouped_mm"] < saved["batched_mm"]
 
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- models -->\nold\n<!-- /models -->\nafter\n")
+    readme.write_text("before\n<!-- models_cpu -->\nold\n<!-- /models_cpu -->\nafter\n")
     report_models.update_readme(out, readme)
     text = readme.read_text()
-    assert text.startswith("before\n<!-- models -->\n![") and text.endswith(
-        "<!-- /models -->\nafter\n"
+    assert text.startswith("before\n<!-- models_cpu -->\n![") and text.endswith(
+        "<!-- /models_cpu -->\nafter\n"
     )
     assert sum("32 × 16, 8 experts, top 2" in line for line in text.splitlines()) == len(cases)
     assert out.with_suffix(".svg").exists()

@@ -13,6 +13,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/kernels/kernels.h"
+
 #if defined(__GNUC__) || defined(__clang__)
 #define MOE_EXT_INLINE inline __attribute__((always_inline))
 #else
@@ -34,24 +36,12 @@ __attribute__((target("avx2,fma,f16c"))) void simd_call_avx2(Args... args) {
   Kernel::run(args...);
 }
 
-// 2: AVX-512, 1: AVX2, 0: what the compiler was told.
-inline int simd_level() {
-  static const int level = [] {
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx2 && avx512 ? 2 : avx2 ? 1 : 0;
-  }();
-  return level;
-}
-
 template <typename Kernel, typename... Args>
 void simd_call(Args... args) {
-  switch (simd_level()) {
-    case 2:
+  switch (cpu::instruction_set()) {
+    case cpu::Isa::avx512:
       return simd_call_avx512<Kernel>(args...);
-    case 1:
+    case cpu::Isa::avx2:
       return simd_call_avx2<Kernel>(args...);
     default:
       return Kernel::run(args...);
@@ -59,8 +49,6 @@ void simd_call(Args... args) {
 }
 
 #else
-
-inline int simd_level() { return 0; }
 
 template <typename Kernel, typename... Args>
 void simd_call(Args... args) {

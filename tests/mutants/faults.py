@@ -407,6 +407,8 @@ GROUPED, FORWARD = (
     "tests/test_grouped_ffn.py::TestNumbers::",
     "tests/test_moe_forward.py::TestNumbers::",
 )
+# For what only some of them run.
+INSTRUCTION_SETS = "tests/test_instruction_sets.py"
 
 fault = faults("csrc/cpu/grouped_ffn.cpp")
 fault(
@@ -542,18 +544,35 @@ fault(
     "wide_tiles(c, ldc, k0 > 0,",
     "wide_tiles(c, ldc, false,",
     GROUPED + "test_few_tokens_of_long_rows",
+    INSTRUCTION_SETS,
+)
+fault(
+    "few rows, whole rows of weights across k: a chunk of k forgets the ones before",
+    "long_tiles(c, ldc, k0 > 0,",
+    "long_tiles(c, ldc, false,",
+    GROUPED + "test_few_tokens_of_long_rows",
+    INSTRUCTION_SETS,
+)
+fault(
+    "few rows, whole rows of weights across k: the rows past the last four are forgotten",
+    "for (int64_t i = 0; i < k; i += at_once) {",
+    "for (int64_t i = 0; i + at_once <= k; i += at_once) {",
+    GROUPED + "test_few_tokens_of_long_rows",
+    INSTRUCTION_SETS,
 )
 fault(
     "few rows, weights across k: the columns past the last wide tile are forgotten",
     "take(std::integral_constant<int, 2>());",
     "n = cols;",
     GROUPED + "test_few_tokens",
+    INSTRUCTION_SETS,
 )
 fault(
     "few rows, weights across k: all tiles take the first rows",
     "a + row * lda, lda, w + n,",
     "a, lda, w + n,",
     GROUPED + "test_few_tokens_of_long_rows",
+    INSTRUCTION_SETS,
 )
 fault(
     "a weight gradient keeps its last 256 rows alone",

@@ -18,8 +18,6 @@ MOE_DECLARE(avx2)
 
 namespace {
 
-enum class Isa { baseline, avx2, avx512 };
-
 // MOE_EXT_CPU=baseline|avx2|avx512 lowers the choice, so that one machine can test all.
 Isa choose() {
   Isa best = Isa::baseline;
@@ -39,6 +37,8 @@ Isa choose() {
 const Isa chosen = choose();
 
 }  // namespace
+
+Isa instruction_set() { return chosen; }
 
 #if defined(__x86_64__)
 #define MOE_PICK(type) \

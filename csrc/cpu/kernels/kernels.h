@@ -152,4 +152,8 @@ struct Kernels {
 template <class T>
 const Kernels<T>& kernels();
 
+enum class Isa { baseline, avx2, avx512 };
+// What kernels() are of, and all else that is compiled for several.
+Isa instruction_set();
+
 }  // namespace moe_ext::cpu

@@ -106,7 +106,7 @@ void wide_tiles(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, int
   });
 }
 
-// The same sums for few rows, four rows of W at a time.
+// The same sums for few rows, four rows of W at a time; `sums` holds kTileWide rows of cols.
 template <class T, class S>
 void long_tiles(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, int64_t m, const S* w,
                 int64_t stride_k, int64_t k, int64_t cols, T* sums) {

@@ -1,5 +1,20 @@
 // Everything an instruction set's file compiles, inside its own namespace, in the order
 // in which each part needs the ones before.
+//
+// Before it, an instruction set says
+//
+//   kTallTileNT, kTileNT, kTileNN, kTileWide
+//                     the heights of the register tiles: as many sums as leave registers for the
+//                     operands
+//   kPanelVectors, kPanelSums
+//                     the widest panel, and the most sums of a tile on panels
+//   kWeightRowsNT     rows of weights that at most kTileNT rows read at once
+//   kShortRow         bytes of a row of weights up to which the rows ahead are prefetched one
+//                     after the other
+//   kDepthUnroll      steps along k that a tile's loop takes at once
+//   kManyReadInPlace  whether many rows, too, read weights across k where they lie, if these
+//                     need no conversion
+
 // clang-format off
 #include "simd.inl"
 #include "rows.inl"

@@ -25,18 +25,13 @@
 namespace moe_ext::cpu {
 namespace avx2 {
 
-// The heights of the register tiles: as many sums as leave registers for the operands.
 constexpr int kTallTileNT = 3, kTileNT = 1, kTileNN = 6, kTileWide = 3;
 constexpr int kPanelVectors = 3, kPanelSums = 12;
-// Rows of weights that at most kTileNT rows read at once.
-// Eight, often a power of two apart, would take all ways of the first-level cache.
+// Eight rows, often a power of two apart, would take all ways of the first-level cache.
 constexpr int kWeightRowsNT = 4;
-// Bytes of a row of weights up to which the rows ahead are prefetched one after the other.
-// More than one stream in a page is what the processor's own prefetcher does not follow.
+// The processor's own prefetcher follows one stream in a page.
 constexpr int64_t kShortRow = 2048;
-// Steps along k that a tile's loop takes at once.
 constexpr int kDepthUnroll = 4;
-// Whether many rows, too, read weights across k where they lie, if these need no conversion.
 constexpr bool kManyReadInPlace = false;
 
 #include "all.inl"

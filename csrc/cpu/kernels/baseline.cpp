@@ -13,16 +13,11 @@
 namespace moe_ext::cpu {
 namespace baseline {
 
-// The heights of the register tiles: as many sums as leave registers for the operands.
 constexpr int kTallTileNT = 2, kTileNT = 1, kTileNN = 4, kTileWide = 2;
 constexpr int kPanelVectors = 1, kPanelSums = 8;
-// Rows of weights that at most kTileNT rows read at once.
 constexpr int kWeightRowsNT = 8;
-// Bytes of a row of weights up to which the rows ahead are prefetched one after the other.
 constexpr int64_t kShortRow = 0;
-// Steps along k that a tile's loop takes at once.
 constexpr int kDepthUnroll = 1;
-// Whether many rows, too, read weights across k where they lie, if these need no conversion.
 constexpr bool kManyReadInPlace = true;
 
 #include "all.inl"

@@ -134,6 +134,7 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
     // Read by many tiles, weights are better packed, which also converts them once.
     const bool in_place = m <= 2 * kTileWide || (kManyReadInPlace && __is_same(S, T));
     if (w.stride_n == 1 && (n1 - n0) % width == 0 && in_place) {
+      // Wide tiles take any number of rows; where only few are read in place, long ones do.
       if constexpr (kManyReadInPlace) {
         wide_tiles(c, ldc, k0 > 0, a + k0, lda, m, source, w.stride_k, depth, n1 - n0);
       } else {

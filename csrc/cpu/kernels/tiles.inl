@@ -137,7 +137,7 @@ template <class T, int M, bool Prefetches, class S>
 void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const S* w, int64_t ldw,
              int64_t k, Prefetch ahead) {
   constexpr int lanes = Simd<T>::lanes, at_once = M > kTileNT ? kOctet / 2 : kWeightRowsNT;
-  // Side by side, or from the first row's begin to the last one's end.
+  // The rows ahead come side by side, or one after the other.
   const bool side_by_side = ahead.row_stride > kShortRow;
   const int64_t apart = side_by_side ? ahead.row_stride : ahead.step;
   const int64_t along = side_by_side ? ahead.step : at_once * ahead.step;
@@ -251,8 +251,8 @@ void wide_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, cons
   }
 }
 
-// Reads `rows` of w from end to end; sums (M, cols) holds what the rows before them gave, unless
-// these are the first. The last ones' sums go to c.
+// Reads Rows rows of w from end to end and prefetches as many; sums (M, cols) holds what the rows
+// before them gave, unless these are the first. The last ones' sums go to c.
 template <class T, int M, int Rows, class S>
 void long_tile(T* c, int64_t ldc, bool accumulate, T* sums, bool first, bool last, const T* a,
                int64_t lda, const S* w, int64_t stride_k, int64_t cols) {

@@ -348,17 +348,18 @@ class MoE(nn.Module):
         if weights.dtype == torch.float64 and tokens.dtype != torch.float64:
             weights = weights.float()  # of a float64 router
 
+        # Before the experts, whose weights push the routing out of the caches. An exported program
+        # has no place for a tensor that is not a buffer and changes.
+        if not torch.compiler.is_exporting():
+            self._stats.accumulate(
+                logits, route, plan.assignment_row, padding_mask, self.score_function, self.training
+            )
         y = self.experts(tokens, weights, plan)
         if self.shared_experts is not None:
             y = y + self._shared(tokens, padding_mask)
         if y.dtype != x.dtype:  # autocast's
             y = y.to(x.dtype)
 
-        # An exported program has no place for a tensor that is not a buffer and changes.
-        if not torch.compiler.is_exporting():
-            self._stats.accumulate(
-                logits, route, plan.assignment_row, padding_mask, self.score_function, self.training
-            )
         y = y.view(x.shape)
         if not return_routing:
             return y

@@ -221,7 +221,7 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
   const auto turned_of = [&](int64_t m) {
     const bool along = call.up_proj.stride(call.transposed ? 1 : 2) == 1 &&
                        call.down_proj.stride(call.transposed ? 1 : 2) == 1;
-    return along && !call.batch_invariant ? k.turned_rows(m) : 0;
+    return along && !call.batch_invariant ? k.turned_rows(m, call.dtype) : 0;
   };
   const at::Tensor activations = workspace<T>(blocks.size() * kRowUnit * padded<T>(intermediate) +
                                               block_size<T>(call.kept, intermediate));

@@ -606,6 +606,12 @@ fault(
     "first < at_once; first += at_once",
     GROUPED + "test_few_tokens",
 )
+fault(
+    "a tall tile takes one row of weights for all",
+    "sum[m][first + r] += x * weight[r];",
+    "sum[m][first + r] += x * weight[0];",
+    GROUPED + "test_few_tokens",
+)
 
 fault = faults("csrc/cpu/kernels/activation.inl")
 fault(

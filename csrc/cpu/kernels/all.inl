@@ -6,9 +6,9 @@
 //   kTallTileNT, kTileNT, kTileNN, kTileWide
 //                     the heights of the register tiles: as many sums as leave registers for the
 //                     operands
-//   kPanelVectors, kPanelSums
-//                     the widest panel, and the most sums of a tile on panels
-//   kWeightRowsNT     rows of weights that at most kTileNT rows read at once
+//   kPanelVectors     the widest panel
+//   kTileSums         the most sums of a tile that reads eight rows of weights
+//   kWeightRowsNT     the most of them that few rows read at once
 //   kShortRow         bytes of a row of weights up to which the rows ahead are prefetched one
 //                     after the other
 //   kDepthUnroll      steps along k that a tile's loop takes at once

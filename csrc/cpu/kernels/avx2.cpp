@@ -25,8 +25,8 @@
 namespace moe_ext::cpu {
 namespace avx2 {
 
-constexpr int kTallTileNT = 3, kTileNT = 1, kTileNN = 6, kTileWide = 3;
-constexpr int kPanelVectors = 3, kPanelSums = 12;
+constexpr int kTallTileNT = 6, kTileNT = 1, kTileNN = 6, kTileWide = 3;
+constexpr int kPanelVectors = 3, kTileSums = 12;
 // Eight rows, often a power of two apart, would take all ways of the first-level cache.
 constexpr int kWeightRowsNT = 4;
 // The processor's own prefetcher follows one stream in a page.

@@ -28,7 +28,7 @@ namespace moe_ext::cpu {
 namespace avx512 {
 
 constexpr int kTallTileNT = 6, kTileNT = 3, kTileNN = 12, kTileWide = 6;
-constexpr int kPanelVectors = 3, kPanelSums = 24;
+constexpr int kPanelVectors = 3, kTileSums = 24;
 constexpr int kWeightRowsNT = 8;
 constexpr int64_t kShortRow = 0;
 constexpr int kDepthUnroll = 1;

@@ -14,7 +14,7 @@ namespace moe_ext::cpu {
 namespace baseline {
 
 constexpr int kTallTileNT = 2, kTileNT = 1, kTileNN = 4, kTileWide = 2;
-constexpr int kPanelVectors = 1, kPanelSums = 8;
+constexpr int kPanelVectors = 1, kTileSums = 8;
 constexpr int kWeightRowsNT = 8;
 constexpr int64_t kShortRow = 0;
 constexpr int kDepthUnroll = 1;

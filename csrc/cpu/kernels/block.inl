@@ -6,11 +6,15 @@
 
 constexpr int64_t kDepthChunk = 1024;  // panels of that depth stay in a core's cache
 
-// How many of m rows are turned over: all but a few that would have a vector to themselves.
+// How many of m rows are turned over: all but a few that would have a vector to themselves. Of
+// weights that need a conversion, tiles read what a panel would first have to copy: there it takes
+// more rows.
 template <class T>
-int64_t turned_rows(int64_t m) {
+int64_t turned_rows(int64_t m, Dtype weights) {
   constexpr int64_t lanes = Simd<T>::lanes, few = lanes / 4;
-  return m <= 3 * few ? 0 : std::min(m, (m + lanes - 1 - few) / lanes * lanes);
+  const bool converts = size_of(weights) != sizeof(T);
+  const int64_t as_they_are = converts ? std::min<int64_t>(lanes, 2 * kTallTileNT) : 3 * few;
+  return m <= as_they_are ? 0 : std::min(m, (m + lanes - 1 - few) / lanes * lanes);
 }
 
 template <class T>

@@ -44,8 +44,7 @@ void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const T>& pa
         const int64_t stride = same && in_place ? stride_n : copy_stride;
         panels.for_each([&](int64_t first, int64_t width, int64_t tile) {
           with_height<kPanelVectors>(width, [&](auto v) {
-            // As many of the eight rows of weights at once as registers have sums for.
-            constexpr int at_once = v * kOctet > kPanelSums ? kOctet / 2 : kOctet;
+            constexpr int at_once = rows_at_once(v, kOctet);
             for (int64_t r = 0; r < kOctet; r += at_once) {
               const char* next_rows = next + r * stride_n * one;
               const Prefetch ahead =
@@ -210,7 +209,7 @@ void matmul(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64
     return;
   }
   constexpr Dtype compute = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
-  const int64_t turned = turned_rows<T>(m);
+  const int64_t turned = turned_rows<T>(m, w.dtype);
   T *rows = scratch, *product = rows + block_size<T>(m, k);
   load_block(rows, {a, compute, lda, nullptr}, m, turned, k);
   matmul_block(product, rows, m, turned, w, k, n0, n1, product + block_size<T>(m, kMatmulColumns));

@@ -80,9 +80,10 @@ struct Kernels {
   //
   // A block of m rows and some columns holds the first `turned` rows turned over, a vector of
   // rows for each column, as products like them; then the other rows as they are. It takes
-  // block_size(m, cols) elements. `turned` is 0 or turned_rows(m), alike in all that meet.
+  // block_size(m, cols) elements. `turned` is 0 or turned_rows(m, dtype of the weights), alike in
+  // all that meet.
 
-  int64_t (*turned_rows)(int64_t m);
+  int64_t (*turned_rows)(int64_t m, Dtype weights);
 
   // block = src, converted.
   void (*load_block)(T* block, Rows src, int64_t m, int64_t turned, int64_t cols);

@@ -84,6 +84,11 @@ MOE_INLINE void sum_lanes(const V<float> (&v)[kOctet], float* out, bool accumula
 
 // ---- tiles of eight rows of weights
 
+// How many of the eight a tile takes at once, each with so many vectors of sums: at most `most`.
+constexpr int rows_at_once(int sums, int most) {
+  return sums * most > kTileSums ? rows_at_once(sums, most / 2) : most;
+}
+
 // One sum of a lane covers no more of k than this: long ones lose digits.
 constexpr int64_t kDepthPanelSum = 384;
 
@@ -132,17 +137,17 @@ void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, con
   }
 }
 
-// More rows than registers have accumulators for take the weights' rows in two halves.
+// A function of its own: conversions of many tiles in one function took each other's registers.
 template <class T, int M, bool Prefetches, class S>
-void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const S* w, int64_t ldw,
+__attribute__((noinline)) void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const S* w, int64_t ldw,
              int64_t k, Prefetch ahead) {
-  constexpr int lanes = Simd<T>::lanes, at_once = M > kTileNT ? kOctet / 2 : kWeightRowsNT;
+  constexpr int lanes = Simd<T>::lanes, at_once = rows_at_once(M, kWeightRowsNT);
   // The rows ahead come side by side, or one after the other.
   const bool side_by_side = ahead.row_stride > kShortRow;
   const int64_t apart = side_by_side ? ahead.row_stride : ahead.step;
   const int64_t along = side_by_side ? ahead.step : at_once * ahead.step;
   V<T> sum[M][kOctet];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int first = 0; first < kOctet; first += at_once) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
@@ -154,13 +159,30 @@ void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const 
       for (int r = 0; r < (Prefetches ? at_once : 0); ++r)
         __builtin_prefetch(next + r * apart, 0, 2);
       next += along;
-      V<T> x[M];
-      for (int m = 0; m < M; ++m) x[m] = load(a + m * lda + i);
-#pragma GCC unroll 8
-      for (int r = 0; r < at_once; ++r) {
+      const auto weight_of = [&](int r) {
         V<T> weight = load_as<T>((r < 3 ? w0 : r < 6 ? w3 : w6) + r % 3 * ldw);
         if (M > 1) MOE_KEEP_IN_REGISTER(weight);
-        for (int m = 0; m < M; ++m) sum[m][first + r] += x[m] * weight;
+        return weight;
+      };
+      // The shorter side is held in registers while the longer one passes.
+      if constexpr (M > at_once) {
+        V<T> weight[at_once];
+#pragma GCC unroll 8
+        for (int r = 0; r < at_once; ++r) weight[r] = weight_of(r);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          V<T> x = load(a + m * lda + i);
+          MOE_KEEP_IN_REGISTER(x);
+          for (int r = 0; r < at_once; ++r) sum[m][first + r] += x * weight[r];
+        }
+      } else {
+        V<T> x[M];
+        for (int m = 0; m < M; ++m) x[m] = load(a + m * lda + i);
+#pragma GCC unroll 8
+        for (int r = 0; r < at_once; ++r) {
+          const V<T> weight = weight_of(r);
+          for (int m = 0; m < M; ++m) sum[m][first + r] += x[m] * weight;
+        }
       }
       w0 += lanes, w3 += lanes, w6 += lanes;
     }

@@ -139,8 +139,8 @@ void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, con
 
 // A function of its own: conversions of many tiles in one function took each other's registers.
 template <class T, int M, bool Prefetches, class S>
-__attribute__((noinline)) void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const S* w, int64_t ldw,
-             int64_t k, Prefetch ahead) {
+__attribute__((noinline)) void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda,
+                                       const S* w, int64_t ldw, int64_t k, Prefetch ahead) {
   constexpr int lanes = Simd<T>::lanes, at_once = rows_at_once(M, kWeightRowsNT);
   // The rows ahead come side by side, or one after the other.
   const bool side_by_side = ahead.row_stride > kShortRow;

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from mutants.faults import FAULTS
-from mutants.kernel_faults import KERNEL_FAULTS
+from mutants.faults import cpu, cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
-    "fault", FAULTS + KERNEL_FAULTS, ids=lambda fault: f"{fault.file}: {fault.name}"
+    "fault", cpu.FAULTS + cuda.FAULTS, ids=lambda fault: f"{fault.file}: {fault.name}"
 )
 def test_fault_fits(fault):
     assert (ROOT / fault.file).read_text().count(fault.find) == 1
@@ -27,6 +26,5 @@ def test_fault_fits(fault):
 
 
 def test_names_are_unique_and_many():
-    assert len({(fault.file, fault.name) for fault in FAULTS}) == len(FAULTS) >= 35
-    names = {(fault.file, fault.name) for fault in KERNEL_FAULTS}
-    assert len(names) == len(KERNEL_FAULTS)
+    for faults in (cpu.FAULTS, cuda.FAULTS):
+        assert len({(fault.file, fault.name) for fault in faults}) == len(faults) >= 35

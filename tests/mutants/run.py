@@ -9,13 +9,13 @@
                                         in place of the older ones of the same faults
     make mutants ARGS="--record --new"  only those that the record does not call caught
 
-The faults stand in faults.py and kernel_faults.py beside this file. A worker plants them
-in a copy of the sources of its own, under build/mutants/, rebuilds what changed and runs
-the tests that are named with the fault; the sources here are not touched. The emulated
-libraries are built here, once, and copied: a fault compiles the kernels that hold it. One that
-does not compile, or keeps the tests from starting, proves nothing: it counts as broken.
-One whose tests never end is caught by the processor time that they take, since the clock
-would also run on a machine that others keep busy.
+The faults stand in faults/, a file a stage. A worker plants them in a copy of the sources
+of its own, under build/mutants/, rebuilds what changed and runs the tests that are named
+with the fault; the sources here are not touched. The emulated libraries are built here,
+once, and copied: a fault compiles the kernels that hold it. One that does not compile, or
+keeps the tests from starting, proves nothing: it counts as broken. One whose tests never
+end is caught by the processor time that they take, since the clock would also run on a
+machine that others keep busy.
 """
 
 import argparse
@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))  # the lists import each other as the suite imports them
 
 from emulator import build as emulated  # noqa: E402
-from mutants.faults import FAULTS  # noqa: E402
-from mutants.kernel_faults import CHECKED, KERNEL_FAULTS  # noqa: E402
+from mutants.fault import CHECKED  # noqa: E402
+from mutants.faults import cpu, cuda  # noqa: E402
 
 COPIES = ROOT / "build" / "mutants"
 COPIED = ("moe_ext", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
@@ -237,7 +237,7 @@ def main():
     )
     parser.add_argument("--new", action="store_true", help="leave out what the record calls caught")
     options = parser.parse_args()
-    known = KERNEL_FAULTS if options.kernels else FAULTS
+    known = (cuda if options.kernels else cpu).FAULTS
     kind = "kernels" if options.kernels else "cpu"
     record = Record(RESULTS / f"{kind}.txt", known)
     faults = [

@@ -1,0 +1,285 @@
+"""The experts: grouped_ffn, and moe_forward."""
+
+from mutants.fault import collection
+
+FAULTS, faults = collection()
+
+GROUPED, FORWARD = (
+    "tests/test_grouped_ffn.py::TestNumbers::",
+    "tests/test_moe_forward.py::TestNumbers::",
+)
+# For what only some of them run.
+INSTRUCTION_SETS = "tests/test_instruction_sets.py"
+
+fault = faults("csrc/cpu/grouped_ffn.cpp")
+fault(
+    "the tail of the rows is not cleared",
+    "rows.narrow(0, call.kept, call.rows - call.kept).zero_();",
+    "rows.narrow(0, call.kept, call.rows - call.kept).fill_(1);",
+    GROUPED + "test_a_tail_is_never_read",
+)
+
+fault = faults("csrc/cpu/moe_forward.cpp")
+fault(
+    "backward: a row takes the weight of the assignment with its number",
+    "w.const_data_ptr<T>()[assignment[r]];",
+    "w.const_data_ptr<T>()[r];",
+    FORWARD + "test_many_choices",
+)
+fault(
+    "backward: the gradient of a dropped weight is not cleared",
+    "at::zeros(w.sizes(), w.options())",
+    "at::zeros(w.sizes(), w.options()).add_(1)",
+    FORWARD + "test_gradient_of_dropped_weights_is_exactly_zero",
+)
+
+fault = faults("csrc/cpu/ffn.cpp")
+fault(
+    "an expert's rows are cut where the number of threads says",
+    "count * at / pieces / kRowUnit * kRowUnit",
+    "count * at / pieces",
+    GROUPED + "test_same_bits",
+)
+fault(
+    "an assignment's row past the last kept one passes",
+    "ok &= row[a] < call.kept;",
+    "ok &= row[a] < call.kept + 1000;",
+    "tests/test_moe_forward.py::TestOperator::test_bad_tensors",
+)
+fault(
+    "the last row of an expert's second block is left out",
+    "cut(i), cut(i + 1), place});",
+    "cut(i), cut(i + 1) - (i > 0), place});",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
+    "every expert adds the first one's bias",
+    "down_bias.defined() ? data<T>(down_bias) + e * hidden + h0 : nullptr);",
+    "down_bias.defined() ? data<T>(down_bias) + h0 : nullptr);",
+    GROUPED + "test_many_experts",
+)
+fault(
+    "interleaved: up reads the gate's rows",
+    "step == 2 ? 1 : intermediate",
+    "step == 2 ? 0 : intermediate",
+    GROUPED + "test_layouts_and_clamps",
+)
+fault(
+    "backward: the weight's gradient misses the down bias",
+    "                         down_bias.defined()\n",
+    "                         down_bias.defined() && hidden < 0\n",
+    FORWARD + "test_many_choices",
+)
+fault(
+    "backward: the down bias takes its gradient without the weight",
+    "bias_gradient<T>(call, hidden, upstream, weight)",
+    "bias_gradient<T>(call, hidden, upstream, nullptr)",
+    FORWARD + "test_many_choices",
+)
+fault(
+    "backward: a frozen expert's weight gradient is computed all the same",
+    "  if (want_up) {",
+    "  {",
+    "tests/test_grouped_ffn.py::TestOperator::test_only_needed_gradients",
+)
+fault(
+    "backward: the weight's gradient depends on the number of threads",
+    "s0 += kActivateColumns) {",
+    "s0 += kActivateColumns / at::get_num_threads()) {",
+    FORWARD + "test_same_bits",
+)
+fault(
+    "the preactivations are kept before the bias",
+    "up_bias.defined() ? data<T>(up_bias) + e * call.width : nullptr,",
+    "nullptr,",
+    "tests/test_grouped_ffn.py::TestOperator::test_preactivations",
+)
+fault(
+    "batch_invariant is forgotten",
+    "along && !call.batch_invariant",
+    "along",
+    GROUPED + "test_batch_invariant",
+)
+
+fault = faults("csrc/cpu/kernels/block.inl")
+fault(
+    "panels: the second chunk of columns lies over the first",
+    "(k0 * vectors + depth * first",
+    "(k0 + depth * first",
+    GROUPED + "test_sizes",
+)
+fault(
+    "rows are turned over without their last columns",
+    "convert_in(part, from[i] + k, count);",
+    "",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
+    "turned rows add the first columns' bias to all",
+    "v[i], bias ? bias + n : nullptr",
+    "v[i], bias",
+    GROUPED + "test_rows_an_expert",
+)
+
+fault = faults("csrc/cpu/kernels/gemm.inl")
+fault(
+    "weights along k: a chunk of k forgets the ones before",
+    "const bool adds = k0 > 0;",
+    "const bool adds = false;",
+    GROUPED + "test_few_tokens_of_long_rows",
+)
+fault(
+    "the rows that panels leave over are forgotten",
+    "m - turned, w, k,",
+    "turned > 0 ? 0 : m, w, k,",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
+    "weights across k: a chunk of k forgets the ones before",
+    "{tile, ldc, k0 > 0 ? tile : nullptr, ldc, false}",
+    "{tile, ldc, nullptr, ldc, false}",
+    GROUPED + "test_sizes",
+)
+fault(
+    "few rows, weights across k: a chunk of k forgets the ones before",
+    "wide_tiles(c, ldc, k0 > 0,",
+    "wide_tiles(c, ldc, false,",
+    GROUPED + "test_few_tokens_of_long_rows",
+    INSTRUCTION_SETS,
+)
+fault(
+    "few rows, whole rows of weights across k: a chunk of k forgets the ones before",
+    "long_tiles(c, ldc, k0 > 0,",
+    "long_tiles(c, ldc, false,",
+    GROUPED + "test_few_tokens_of_long_rows",
+    INSTRUCTION_SETS,
+)
+fault(
+    "few rows, whole rows of weights across k: the rows past the last four are forgotten",
+    "for (int64_t i = 0; i < k; i += at_once) {",
+    "for (int64_t i = 0; i + at_once <= k; i += at_once) {",
+    GROUPED + "test_few_tokens_of_long_rows",
+    INSTRUCTION_SETS,
+)
+fault(
+    "few rows, weights across k: the columns past the last wide tile are forgotten",
+    "take(std::integral_constant<int, 2>());",
+    "n = cols;",
+    GROUPED + "test_few_tokens",
+    INSTRUCTION_SETS,
+)
+fault(
+    "few rows, weights across k: all tiles take the first rows",
+    "a + row * lda, lda, w + n,",
+    "a, lda, w + n,",
+    GROUPED + "test_few_tokens_of_long_rows",
+    INSTRUCTION_SETS,
+)
+fault(
+    "a weight gradient keeps its last 256 rows alone",
+    "const T* before = chunk > 0 ? sum : nullptr;",
+    "const T* before = nullptr;",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
+    "a weight gradient takes all its rows from the first chunk",
+    "keeps_left ? left + r0 * ld_left : left;",
+    "left;",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
+    "a weight gradient of very many rows packs them once",
+    "if (n0 == 0 || !keeps_left) load_rows",
+    "if (n0 == 0) load_rows",
+    GROUPED + "test_rows_an_expert",
+)
+
+fault = faults("csrc/cpu/kernels/tiles.inl")
+fault(
+    "panels: a sum of k forgets the ones before",
+    "    accumulate = true;\n",
+    "",
+    GROUPED + "test_sizes",
+)
+fault(
+    "a tall tile takes the first half of the weights' rows alone",
+    "first < kOctet; first += at_once",
+    "first < at_once; first += at_once",
+    GROUPED + "test_few_tokens",
+)
+fault(
+    "a tall tile takes one row of weights for all",
+    "sum[m][first + r] += x * weight[r];",
+    "sum[m][first + r] += x * weight[0];",
+    GROUPED + "test_few_tokens",
+)
+
+fault = faults("csrc/cpu/kernels/activation.inl")
+fault(
+    "silu' misses alpha",
+    "s + g * s * (T(1) - s) * alpha}",
+    "s + g * s * (T(1) - s)}",
+    GROUPED + "test_layouts_and_clamps",
+)
+fault(
+    "gelu_tanh' misses the 3 of the cube",
+    "(T(1) + g * g * (3 * cubic))",
+    "(T(1) + g * g * cubic)",
+    GROUPED + "test_activations",
+)
+fault(
+    "a gradient passes the clamped gate",
+    "weighted * (x > limit ? zero : slope)",
+    "weighted * slope",
+    GROUPED + "test_layouts_and_clamps",
+)
+fault(
+    "preactivations of turned rows all go to the first ones",
+    "(r + j) * stride * size_of(dtype)",
+    "j * stride * size_of(dtype)",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
+    "preactivations of the rows not turned over go to the first ones",
+    "static_cast<char*>(kept) + turned * stride * size_of(dtype)",
+    "static_cast<char*>(kept)",
+    GROUPED + "test_rows_an_expert",
+)
+fault(
+    "up is not clamped below",
+    "  v = v < -limit ? -limit : v;\n  return",
+    "  return",
+    GROUPED + "test_layouts_and_clamps",
+)
+fault(
+    "dS is taken with the weight",
+    "inner += upstream * value;",
+    "inner += weighted * value;",
+    FORWARD + "test_weights_of_zero_have_a_gradient",
+)
+fault(
+    "the weight is missing in down_proj's gradient",
+    "store(scaled + i, value * w);",
+    "store(scaled + i, value);",
+    FORWARD + "test_many_choices",
+)
+
+fault = faults("csrc/cpu/kernels/rows.inl")
+fault(
+    "of columns that alternate in memory, up takes gate's",
+    "o[i] = from[2 * i + 1];",
+    "o[i] = from[2 * i];",
+    GROUPED + "test_layouts_and_clamps",
+)
+fault(
+    "a dropped assignment adds row 0",
+    "if (index[j] < 0) continue;\n      const T* row = rows + index[j] * ld + c0;",
+    "const T* row = rows + std::max(index[j], 0) * ld + c0;",
+    FORWARD + "test_routings",
+)
+fault(
+    "a bias gradient keeps its last 256 rows alone",
+    "total[c] += sum[c];",
+    "total[c] = sum[c];",
+    GROUPED + "test_rows_an_expert",
+)

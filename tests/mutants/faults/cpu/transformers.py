@@ -1,0 +1,134 @@
+"""Published models: checkpoints, blocks, the health of their routing."""
+
+from mutants.fault import collection
+
+FAULTS, faults = collection()
+
+# ---- checkpoints -----------------------------------------------------------------------------
+
+fault = faults("moe_ext/pretrained.py", "tests/test_pretrained.py")
+fault(
+    "gate and up are exchanged, in both directions",
+    '("gate", view[:, 0], "e i h"), ("up", view[:, 1], "e i h")',
+    '("gate", view[:, 1], "e i h"), ("up", view[:, 0], "e i h")',
+)
+fault(
+    "interleaved experts are read as halves",
+    "both = both.transpose(1, 2) if interleaved else both",
+    "both = tensor.unflatten(1, (2, -1))",
+)
+fault(
+    "axes stay in our order",
+    'view = view.permute([axes.split().index(axis) for axis in re.findall(r"\\w", theirs)])',
+    "view = view.contiguous()",
+)
+fault(
+    "a scale counts for every n-th element instead of a block",
+    "blocks = [(n, size // n)",
+    "blocks = [(size // n, n)",
+)
+fault("a float32 router is rounded", "if dtype is None:  # a router", "if False:  # a router")
+fault("what is left over goes unnoticed", "    if rest:", "    if rest and not prefix:")
+fault("the first of several layers is taken", "if len(found) == 1:", "if found:")
+
+# ---- blocks of transformers ------------------------------------------------------------------
+
+BLOCKS = "moe_ext/integrations/transformers/blocks"
+BLOCK_TESTS = "tests/integrations/test_blocks.py"
+
+fault = faults(f"{BLOCKS}/base.py", BLOCK_TESTS)
+fault(
+    "frozen experts are trained",
+    "nn.Parameter(some.new_empty(shape), some.requires_grad)",
+    "nn.Parameter(some.new_empty(shape))",
+)
+fault("dropout also when evaluating", "if self.training and p > 0:", "if p > 0:")
+fault("no dropout within experts", "if self.training and p > 0:", "if False:")
+fault(
+    "the weights of before come back",
+    "parameter.copy_(views[name].reshape(parameter.shape))",
+    "parameter.zero_()",
+)
+fault(
+    "what does not belong to the experts loads in silence",
+    "unexpected += [k for k in state_dict if k.startswith(prefix) and k not in theirs]",
+    "pass",
+)
+fault("the state_dict has the shapes of ours", ").reshape(shape)", ")")
+fault = faults(f"{BLOCKS}/switch_transformers.py", BLOCK_TESTS)
+fault(
+    "dropped tokens go to expert 0",
+    "torch.where(dropped, self.num_experts, ",
+    "torch.where(dropped, 0, ",
+)
+fault = faults(f"{BLOCKS}/nllb_moe.py", BLOCK_TESTS)
+fault("token dropout is forgotten when evaluating", "weights * (1 - p))", "weights)")
+fault(
+    "first and second choice are exchanged",
+    "(router_mask, 1 - router_mask), 1)",
+    "(1 - router_mask, router_mask), 1)",
+)
+fault = faults(f"{BLOCKS}/dbrx.py", BLOCK_TESTS)
+fault("gate and up are exchanged", '"mlp.w1": gate, "mlp.v1": up', '"mlp.w1": up, "mlp.v1": gate')
+fault = faults(f"{BLOCKS}/jetmoe.py", BLOCK_TESTS)
+fault("the block's bias is forgotten", "weights) + self.bias", "weights)")
+fault(
+    "softmax over all experts",
+    "torch.softmax(top_k_logits, dim=1)",
+    "torch.softmax(logits, dim=1).gather(1, top_k_index)",
+)
+fault = faults(f"{BLOCKS}/llama4.py", BLOCK_TESTS)
+fault(
+    "the score scales what comes out",
+    "(tokens[:, None] * scores[..., None]).flatten(0, 1)",
+    "tokens[:, None].expand(*scores.shape, -1).flatten(0, 1)",
+)
+fault = faults(f"{BLOCKS}/longcat_flash.py", BLOCK_TESTS)
+fault(
+    "identity experts give nothing",
+    "return routed + (hidden_states * identity).to(routed.dtype)",
+    "return routed",
+)
+fault = faults(f"{BLOCKS}/step3p7.py", BLOCK_TESTS)
+fault(
+    "no layer is clamped",
+    "if module.limit == math.inf else ClampedExperts",
+    "if module.limit else ClampedExperts",
+)
+fault = faults(f"{BLOCKS}/__init__.py", BLOCK_TESTS)
+fault(
+    "some blocks are replaced before another is refused",
+    "    for name, (module, ours) in chosen.items():\n        _check(name, module, ours)\n    for module, ours in chosen.values():\n",
+    "    for name, (module, ours) in chosen.items():\n        _check(name, module, ours)\n",
+)
+
+# ---- routing health --------------------------------------------------------------------------
+
+fault = faults("moe_ext/integrations/transformers/health.py", "tests/integrations/test_health.py")
+fault(
+    "sentinels count for the last expert",
+    "clamp(max=num_experts)",
+    "clamp(max=num_experts - 1)",
+)
+fault("drops are not counted", 'if getattr(experts, "sentinels_are_drops", False):', "if False:")
+fault("evaluation moves the biases", '"softmax", experts.training)', '"softmax", True)')
+fault("warns again", "self.warned.add((name, problem))", "pass")
+fault("warns of a handful of tokens", "< 32 * len(", "< 0 * len(")
+fault("a drop rate that is high from the start rises", 'drops > 2 * best["drop_rate"]', "drops > 0")
+fault(
+    "logs of an evaluation start a new window",
+    'or any(key.startswith("eval_") for key in logs)',
+    "",
+)
+fault = faults("moe_ext/stats.py", "tests/integrations/test_health.py::test_sums_over_ranks")
+fault(
+    "the largest logit is summed over ranks",
+    "            total[MAX_LOGIT] = maximum\n",
+    "            pass\n",
+)
+fault = faults("moe_ext/routing.py", "tests/integrations/test_health.py::test_sums_over_ranks")
+fault(
+    "every rank moves its biases by itself",
+    "    if reduces(process_group):\n        dist.all_reduce(counts",
+    "    if False:\n        dist.all_reduce(counts",
+)

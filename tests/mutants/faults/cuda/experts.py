@@ -1,0 +1,321 @@
+"""The experts."""
+
+from mutants.fault import collection
+
+FAULTS, faults = collection()
+
+# ---- the experts: tiles on tensor cores ------------------------------------------------------
+
+TENSOR_CORES = "tests/test_ffn_kernels.py::TestTensorCores::"
+TILE = TENSOR_CORES + "test_tiles[64-layout0]"
+INTERLEAVED = TENSOR_CORES + "test_tiles[32-layout2]"
+ODD = TENSOR_CORES + "test_activations[False-geglu]"
+MANY_ORDERS = TENSOR_CORES + "test_same_bits[False-dtype0]"
+BESIDE = TENSOR_CORES + "test_what_is_beside_an_operand_is_not_read[False-dtype0]"
+
+fault = faults("csrc/cuda/kernels/grouped_gemm_sm80.cuh", TILE)
+fault(
+    "a stage is read while its copies are under way",
+    "ptx::cp_async_wait<kStages - 2>();",
+    "ptx::cp_async_wait<kStages - 1>();",
+    TILE,
+    "--emulator-seeds=4",
+)
+fault(
+    "a stage is read before other threads' copies into it are known to have landed",
+    "ptx::cp_async_wait<kStages - 2>();\n      __syncthreads();",
+    "ptx::cp_async_wait<kStages - 2>();",
+)
+fault(
+    "the stage that is being read is filled",
+    "load_a.load(smem.a[empty]);",
+    "load_a.load(smem.a[full]);",
+)
+fault(
+    "the ring of stages turns one too early",
+    "full = full + 1 == kStages ? 0 : full + 1;",
+    "full = full + 2 == kStages ? 0 : full + 1;",
+)
+fault(
+    "the last tile of k is not copied",
+    "if (tile + kStages - 1 < depth) {",
+    "if (tile + kStages < depth) {",
+)
+fault(
+    "no group is committed where k has fewer tiles than there are stages",
+    "load_b.load(smem.b[stage]);\n      }\n      ptx::cp_async_commit();",
+    "load_b.load(smem.b[stage]);\n        ptx::cp_async_commit();\n      }",
+    TILE,
+    "--emulator-seeds=4",
+)
+fault(
+    "no group is committed where k has no further tile",
+    "load_b.load(smem.b[empty]);\n      }\n      ptx::cp_async_commit();",
+    "load_b.load(smem.b[empty]);\n        ptx::cp_async_commit();\n      }",
+    TILE,
+    "--emulator-seeds=4",
+)
+fault(
+    "accumulators go where a slower warp still reads its operands",
+    "    __syncthreads();  // from here on",
+    "    // from here on",
+    MANY_ORDERS,
+)
+fault(
+    "staged rows are read before all warps have written them",
+    "__syncthreads();\n#pragma unroll 1\n      for (int i = threadIdx.x; i < kStagedRows",
+    "#pragma unroll 1\n      for (int i = threadIdx.x; i < kStagedRows",
+)
+fault(
+    "the second 128 rows of a tile are staged over the first",
+    "if (first) __syncthreads();",
+    "",
+    TENSOR_CORES + "test_tiles[256-layout0]",
+)
+fault(
+    "a tile writes rows that it does not have",
+    "const bool exists = row < tile.rows && column < e.columns;",
+    "const bool exists = column < e.columns;",
+)
+fault(
+    "gate and up exchanged, interleaved",
+    "value[i] = low[2 * i], up[i] = low[2 * i + 1];",
+    "up[i] = low[2 * i], value[i] = low[2 * i + 1];",
+    INTERLEAVED,
+)
+fault(
+    "up's half of the tile is the gate's again",
+    "return {i + (n < kTileN / 2 ? 0 : half), half - i};",
+    "return {i, half - i};",
+)
+fault(
+    "every tile of columns puts its part of dS in the same place",
+    "[tile.column_tile * context.rows + r] = score",
+    "[r] = score",
+    ODD,
+)
+fault(
+    "dS misses half of a tile's columns",
+    "for (int d = kTileN / 16; d > 0",
+    "for (int d = kTileN / 32; d > 0",
+)
+fault(
+    "every expert's weight gradient begins at the first row",
+    "(x.index ? 0 : begin * row_bytes)",
+    "0",
+)
+fault(
+    "every expert's weight gradient gathers from the first row",
+    "x.index ? x.index + begin : nullptr",
+    "x.index",
+)
+
+fault = faults("csrc/cuda/kernels/grouped_gemm_sm80.cu")
+fault(
+    "rows that begin between 16 bytes are copied by 16 bytes",
+    "return is_aligned(rows.data) && is_aligned(rows.stride",
+    "return is_aligned(rows.stride",
+    TENSOR_CORES + "test_what_is_not_aligned",
+)
+fault(
+    "float32 is multiplied in tf32, asked or not",
+    "(context.dtype == Dtype::f32 && context.allow_tf32)",
+    "context.dtype == Dtype::f32",
+    TENSOR_CORES + "test_float32_is_not_rounded_unasked",
+)
+
+fault = faults("csrc/cuda/kernels/operand_tiles.cuh", TILE)
+fault(
+    "k's tail is a chunk too long",
+    "chunks_left_ = k_bytes / 16 - chunk;",
+    "chunks_left_ = k_bytes / 16 - chunk + 1;",
+    BESIDE,
+)
+fault(
+    "a weight gradient takes rows of the next expert",
+    "column_ + from * row_bytes_, k < rows_ ? 16 : 0);",
+    "column_ + from * row_bytes_, 16);",
+)
+fault(
+    "a gathered tile takes the rows of the one before",
+    "row_ += Tile::kRows;\n    if (kIndexed) look_up();",
+    "row_ += Tile::kRows;",
+)
+fault(
+    "the quarters of B come in the order of A's",
+    "kSide == Side::kA ? lane / 8 % 2 : lane / 16;",
+    "lane / 8 % 2;",
+)
+
+fault = faults("csrc/cuda/kernels/tiles.cuh", TILE)
+fault(
+    "the sum over experts wraps around the warp",
+    "if (lane >= d) value += below;",
+    "value += below;",
+)
+fault(
+    "of a lane's share of the experts, those past the 32nd are not looked through",
+    "      before = __shfl_sync(kFullWarp, end_e, kWarpSize - 1);\n      continue;\n",
+    "      return {-1, 0, 0, 0};\n",
+    TENSOR_CORES + "test_thousands_of_experts",
+)
+fault(
+    "the last row tiles of an expert walk as if there were sixteen",
+    "const int together = min(row_tiles - first, kRowTilesTogether);",
+    "const int together = kRowTilesTogether;",
+    TENSOR_CORES + "test_many_tiles_of_one_expert",
+)
+fault(
+    "a tile has all of its rows",
+    "min(expert_offsets[expert + 1] - row, tile_rows), column_tile};",
+    "tile_rows, column_tile};",
+)
+
+fault = faults("csrc/cuda/kernels/epilogues.cuh", TILE)
+fault("the gate's bias is lost", "g[j] += gate[j];", "g[j] = gate[j];")
+fault("up's bias is lost", "if (gated) u[j] += up[j];", "if (gated) u[j] = up[j];")
+fault(
+    "every expert has the first one's bias",
+    "static_cast<const T*>(e.bias) + expert * width;",
+    "static_cast<const T*>(e.bias);",
+)
+fault(
+    "dS is taken after the weight",
+    "if (j < count) score += da[j] * a[j];",
+    "if (j < count) score += w * da[j] * a[j];",
+)
+fault(
+    "dH without the routing weight",
+    "const C upstream = w * da[j];",
+    "const C upstream = da[j];",
+)
+fault("w A without the routing weight", "a[j] *= w;", "a[j] *= C(1);")
+fault(
+    "a gate above its limit has a gradient",
+    "g > limit ? C(0) : f.slope * factor",
+    "f.slope * factor",
+    "tests/test_grouped_ffn.py::TestNumbers::test_clamp_of_the_other_gates",
+)
+fault(
+    "up below its limit has a gradient",
+    "u > limit || u < -limit ? C(0) : f.value",
+    "u > limit ? C(0) : f.value",
+    "tests/test_grouped_ffn.py::TestNumbers::test_clamp_of_the_other_gates",
+)
+
+# ---- the experts: decoding, ordinary arithmetic, and what is beside the products -------------
+
+DECODE = "tests/test_ffn_kernels.py::TestDecode::"
+
+fault = faults(
+    "csrc/cuda/kernels/grouped_gemm_decode.cuh",
+    DECODE + "test_tokens[False-4-dtype0]",
+)
+fault(
+    "a warp's lanes leave out what other warps never took",
+    "k += kWarpSize * kPack",
+    "k += kThreads * kPack",
+)
+fault(
+    "a pack past the end of a row",
+    "const int count = g.k - k < kPack ? static_cast<int>(g.k - k) : kPack;",
+    "const int count = kPack;",
+    DECODE + "test_sizes",
+)
+fault(
+    "the lanes of a sum are not added up",
+    "value[1] += __shfl_xor_sync(kFullWarp, value[1], distance);",
+    "",
+)
+fault(
+    "lanes keep the half that they should give",
+    "const bool upper = threadIdx.x & distance;",
+    "const bool upper = !(threadIdx.x & distance);",
+)
+fault("gate and up exchanged", "(c % 2 ? e.at.up : e.at.gate)", "(c % 2 ? e.at.gate : e.at.up)")
+fault(
+    "a tile writes rows that it does not have",
+    "|| r >= tile.rows) return;",
+    ") return;",
+    DECODE + "test_routings[duplicates-3]",
+)
+fault(
+    "batches that must not matter do",
+    " && !g.context.batch_invariant",
+    "",
+    DECODE + "test_when_not[batch_invariant]",
+)
+
+SIMT = "tests/test_moe_forward.py::TestNumbers::"
+fault = faults(
+    "csrc/cuda/kernels/grouped_gemm_simt.cuh",
+    SIMT + "test_routings[None-sentinels-dtype1]",
+)
+fault(
+    "rows are looked up after they are used",
+    "row_of[thread] = g.a.index ? g.a.index[row] : row;\n  }\n  __syncthreads();",
+    "row_of[thread] = g.a.index ? g.a.index[row] : row;\n  }",
+)
+fault(
+    "a slice is read before it is there",
+    "next_right.put(right_slice, right_along);\n    __syncthreads();",
+    "next_right.put(right_slice, right_along);",
+)
+fault(
+    "a slice is overwritten while it is read",
+    "__syncthreads();  // the slices are read: the next ones may take their place",
+    "",
+    SIMT + "test_sizes[False-520-129-dtype1]",
+)
+fault(
+    "gate and up exchanged",
+    "const C gate[2] = {acc[i][0], acc[i][2]}, up[2] = {acc[i][1], acc[i][3]};",
+    "const C up[2] = {acc[i][0], acc[i][2]}, gate[2] = {acc[i][1], acc[i][3]};",
+)
+fault(
+    "a weight gradient goes on to the last row",
+    "const int64_t end = g.context.expert_offsets[tile.expert + 1];",
+    "const int64_t end = g.context.expert_offsets[g.context.experts];",
+)
+
+fault = faults(
+    "csrc/cuda/kernels/grouped_ffn.cu",
+    SIMT + "test_routings[None-sentinels-dtype1]",
+)
+fault(
+    "a bias gradient's parts are read before they are there",
+    "parts[lane][mine] = part;\n    __syncthreads();",
+    "parts[lane][mine] = part;",
+)
+fault(
+    "a bias gradient's parts are overwritten while they are read",
+    "__syncthreads();  // the parts are read: the next ones may take their place",
+    "",
+    SIMT + "test_rows_an_expert[520-dtype0]",
+)
+fault(
+    "a bias gradient is weighted by the token's number",
+    "g.weights_dtype, g.row_assignment[r])",
+    "g.weights_dtype, row)",
+)
+fault(
+    "a dropped assignment's gradient is never written",
+    "if (thread < g.assignments && g.assignment_row[thread] < 0) {",
+    "if (false) {",
+)
+fault(
+    "dS takes the bias of the row's neighbour",
+    "if (lane == i) score += product;",
+    "if (lane == (i ^ 1)) score += product;",
+)
+fault(
+    "the first row of an expert belongs to the one before",
+    "(context.expert_offsets[middle] <= row ? low : high) = middle;",
+    "(context.expert_offsets[middle] < row ? low : high) = middle;",
+)
+fault(
+    "the first row of the tail is not cleared",
+    "tail.context.expert_offsets[tail.context.experts] * tail.columns;",
+    "(tail.context.expert_offsets[tail.context.experts] + 1) * tail.columns;",
+    "tests/test_grouped_ffn.py::TestNumbers::test_a_tail_is_never_read",
+)

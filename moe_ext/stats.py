@@ -63,9 +63,12 @@ class RoutingStats:
 
     def accumulate(self, logits, route, assignment_row, padding_mask, score_function, training):
         add = reference.accumulate_stats if BACKEND == "reference" else ops.accumulate_stats
+        score_sums = route.score_sums
+        if logits.requires_grad:
+            logits, score_sums = logits.detach(), score_sums.detach()
         add(
             self.counts, self.score_sums, self.totals, self.step_counts if training else None,
-            logits.detach(), route.experts, route.counts, route.score_sums.detach(),
+            logits, route.experts, route.counts, score_sums,
             assignment_row, padding_mask, score_function,
         )  # fmt: skip
 

@@ -63,7 +63,7 @@ def save_bars(figure, axes, labels, path):
 def update(results_path, readme, title, table, chart):
     """Draws chart(results, path) beside the results; writes its link and table(results) between
     README's markers of the results' name."""
-    results_path, readme = Path(results_path), Path(readme)
+    results_path, readme = Path(results_path).resolve(), Path(readme).resolve()
     results = json.loads(results_path.read_text())
     picture, marker = results_path.with_suffix(".svg"), results_path.stem
     chart(results, picture)

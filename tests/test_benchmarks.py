@@ -65,7 +65,8 @@ def test_every_model_runs_every_task_and_becomes_a_table(small_models, monkeypat
 
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- models_cpu -->\nold\n<!-- /models_cpu -->\nafter\n")
-    report_models.update_readme(out, readme)
+    monkeypatch.chdir(tmp_path)
+    report_models.update_readme(out.name, readme)  # a path as one types it
     text = readme.read_text()
     assert text.startswith("before\n<!-- models_cpu -->\n![") and text.endswith(
         "<!-- /models_cpu -->\nafter\n"

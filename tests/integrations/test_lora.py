@@ -343,6 +343,24 @@ def test_gradient_checkpointing():
         assert torch.equal(again[name], expected), name
 
 
+def test_a_compiled_model(handed):
+    """As it is used: where Dynamo leaves a graph is PEFT's affair."""
+    model = adapted(tiny_models.build("mixtral.MixtralExperts"), target_modules=["q_proj"])
+    inputs = tiny_models.inputs(model.base_model.model)
+
+    def compiled(model, inputs):
+        torch.compiler.reset()
+        return torch.compile(model, backend="aot_eager")(**inputs, use_cache=False)[0]
+
+    plain = dict(run=lambda model, inputs: model(**inputs, use_cache=False)[0])
+    expected = results(model, inputs, "moe_ext", torch.float64, **plain)
+    handed.clear()
+    actual = results(model, inputs, "moe_ext", torch.float64, run=compiled)
+    assert actual.keys() == expected.keys() and {rank for _, rank in handed} == {R}
+    for name in expected:
+        assert relative_error(actual[name], expected[name]) < 1e-12, name
+
+
 @pytest.mark.parametrize("has_post_expert_norm", (False, True))
 @pytest.mark.parametrize("gate", ("swiglu", "unknown"))
 def test_autocast(gate, has_post_expert_norm):

@@ -303,10 +303,11 @@ class FFNNumbers(FFNStage):
     @needs_ops
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
     @pytest.mark.parametrize("transposed", (False, True))
-    def test_batch_invariant(self, dtype, transposed):
+    @pytest.mark.parametrize("hidden, width", ((72, 40), (1050, 9)))
+    def test_batch_invariant(self, dtype, transposed, hidden, width):
         """A token's output has the same bits alone, among a few and among many."""
         T, K = 130, 2
-        inputs = self.inputs(T, 72, 40, 6, K, dtype, bias=True, transposed=transposed)
+        inputs = self.inputs(T, hidden, width, 6, K, dtype, bias=True, transposed=transposed)
         experts = torch.stack([torch.randperm(6)[:K] for _ in range(T)]).int()
         with functional.batch_invariant():
             whole = self.of_tokens(inputs, experts, torch.arange(T), transposed)

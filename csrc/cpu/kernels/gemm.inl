@@ -12,16 +12,20 @@ template <class T, class S>
 void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const T>& panels, const T* a,
                int64_t lda, int64_t others, Weight w, int64_t k, int64_t n0, int64_t n1,
                T* scratch) {
-  constexpr int64_t lanes = Simd<T>::lanes, one = sizeof(S);
+  constexpr int64_t lanes = Simd<T>::lanes, one = sizeof(S), line = kPadBytes / one;
   const int64_t copy_stride = padded<T>(std::min(k, kDepthChunk));
   const bool turned = panels.vectors > 0;
   // Of few rows memory is the limit: they read weights where they lie, in one or two tall tiles,
   // and to the rows' ends before other rows begin.
   const bool few = !turned && others <= 2 * kTallTileNT;
   const int64_t tallest = few ? kTallTileNT : kTileNT, span = few ? kOctet : n1 - n0;
+  // Panels lie in chunks of kDepthChunk; without them chunks are alike, so that a short one never
+  // has to prefetch a long one.
+  const int64_t chunks = (k + kDepthChunk - 1) / kDepthChunk;
+  const int64_t deepest = turned ? kDepthChunk : round_up((k + chunks - 1) / chunks, line);
   for (int64_t begin = n0; begin < n1; begin += span)
-    for (int64_t k0 = 0; k0 < k; k0 += kDepthChunk) {
-      const int64_t depth = std::min(kDepthChunk, k - k0), whole = round_up(depth, lanes);
+    for (int64_t k0 = 0; k0 < k; k0 += deepest) {
+      const int64_t depth = std::min(deepest, k - k0), whole = round_up(depth, lanes);
       const bool adds = k0 > 0;
       for (int64_t n = begin, end = std::min(begin + span, n1); n < end; n += kOctet) {
         const int64_t count = std::min<int64_t>(kOctet, n1 - n), stride_n = w.stride_n;

@@ -129,6 +129,12 @@ fault(
     GROUPED + "test_few_tokens_of_long_rows",
 )
 fault(
+    "weights along k: many rows are cut along k otherwise than few",
+    "const int64_t deepest = turned ? kDepthChunk",
+    "const int64_t deepest = !few ? kDepthChunk",
+    GROUPED + "test_batch_invariant",
+)
+fault(
     "the rows that panels leave over are forgotten",
     "m - turned, w, k,",
     "turned > 0 ? 0 : m, w, k,",

@@ -32,9 +32,15 @@ def sizes(case):
 
 
 def best(result):
-    """(the fastest peer, its time over ours)"""
-    peer = min(result["against"], key=result["against"].get)
-    return peer, result["against"][peer]
+    """(the fastest peer, its time over ours in words)
+
+    Where all were stopped: the one that keeps the least, and why it was."""
+    if result["against"]:
+        peer = min(result["against"], key=result["against"].get)
+        return peer, f"{result['against'][peer]:.2f}x {peer}"
+    saved = result["saved_bytes"]
+    peer = min(saved.keys() - {"moe_ext"}, key=saved.get)
+    return peer, f"{peer} {result['left_out'][peer]}"
 
 
 def lines(case):
@@ -56,8 +62,7 @@ def table(results):
     """README's markdown, a row a model and dtype."""
 
     def cell(result):
-        peer, times = best(result)
-        return f"{milliseconds(result['seconds']['moe_ext'])}, {times:.2f}x {peer}"
+        return f"{milliseconds(result['seconds']['moe_ext'])}, {best(result)[1]}"
 
     def kept(result):
         peer, saved = best(result)[0], result["saved_bytes"]

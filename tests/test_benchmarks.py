@@ -75,6 +75,22 @@ def test_every_model_runs_every_task_and_becomes_a_table(small_models, monkeypat
     assert out.with_suffix(".svg").exists()
 
 
+def test_a_table_says_when_every_peer_was_stopped():
+    why = {"grouped_mm": "took over 8x as long", "eager": "took over 8x as long"}
+    saved = {"moe_ext": 1e6, "grouped_mm": 3e6, "eager": 4e6}
+    task = {"seconds": {"moe_ext": 2.0}, "against": {"eager": 1.5}, "left_out": {}}
+    train = task | {"against": {}, "left_out": why, "saved_bytes": saved}
+    case = dict.fromkeys(("hidden", "intermediate", "experts", "experts_of_model", "top_k"), 8)
+    case |= {"checkpoint": "a/b", "dtype": "bfloat16", "tokens": 4, "date": "today", "commit": "c"}
+    case["tasks"] = dict.fromkeys(report_models.TASKS, task) | {"train": train}
+    versions = dict.fromkeys(
+        ("cpu", "cores", "threads", "capability", "torch", "transformers", "python"), "?"
+    )
+    text = report_models.table({"machine": versions, "cases": [case]})
+    assert "| 2000 ms, grouped_mm took over 8x as long | 1 MB (3 MB) |" in text
+    assert text.count("2000 ms, 1.50x eager") == 3
+
+
 def test_lora_is_timed_on_peft_s_adapters(small_models, monkeypatch, tmp_path):
     pytest.importorskip("peft")
     out = tmp_path / "models.json"

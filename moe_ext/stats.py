@@ -64,7 +64,7 @@ class RoutingStats:
     def accumulate(self, logits, route, assignment_row, padding_mask, score_function, training):
         add = reference.accumulate_stats if BACKEND == "reference" else ops.accumulate_stats
         score_sums = route.score_sums
-        if logits.requires_grad:
+        if logits.requires_grad:  # else two ops for nothing
             logits, score_sums = logits.detach(), score_sums.detach()
         add(
             self.counts, self.score_sums, self.totals, self.step_counts if training else None,

@@ -6,17 +6,9 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from moe_ext import reference
-from oracle import (
-    ROUTINGS,
-    assert_within_bound,
-    draw_experts,
-    relative_error,
-    unit,
-)
+from oracle import ROUTINGS, assert_within_bound, draw_experts, relative_error, unit
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -24,23 +16,31 @@ peft = pytest.importorskip("peft")
 import paths  # noqa: E402
 import test_experts  # noqa: E402
 import tiny_models  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
+from lora_models import (  # noqa: E402, F401
+    GATES,
+    Block,
+    E,
+    K,
+    R,
+    T,
+    adapted,
+    adapted_experts,
+    assert_as_peft,
+    assert_near_peft,
+    draw,
+    draw_factors,
+    implementation,
+    registered,
+    results,
+)
+from peft import LoraConfig  # noqa: E402
 from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
 from test_conformance import FLOAT32_ERROR, FLOAT32_INSIDE  # noqa: E402
 
 from moe_ext.integrations.transformers import experts as experts_module  # noqa: E402
-from moe_ext.integrations.transformers import lora, register  # noqa: E402
+from moe_ext.integrations.transformers import register  # noqa: E402
 
-T, E, K = test_experts.T, test_experts.E, test_experts.K
-R = 3
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setattr(ParamWrapper, "_activate_lora", ParamWrapper._activate_lora)
-    monkeypatch.setattr(lora, "_warned", set())
-    register()
 
 
 @pytest.fixture
@@ -65,102 +65,7 @@ def taken():
         yield taken
 
 
-# ---- models ---------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """What PEFT can wrap: a module that has the experts."""
-
-    def __init__(self, experts):
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        return self.experts(hidden_states, top_k_index, top_k_weights)
-
-
-MATRICES = ("gate_up_proj", "up_proj", "down_proj")
-
-
-def adapted(model, parameters=MATRICES, **options):
-    """The model with LoRA on its experts, of factors that change as much as the experts do."""
-    found = {name for name, _ in model.named_parameters()}
-    targets = [f"experts.{p}" for p in parameters if any(f.endswith(f"experts.{p}") for f in found)]
-    options = dict(r=R, lora_alpha=2 * R, target_modules=[], target_parameters=targets) | options
-    model = get_peft_model(model, LoraConfig(**options), autocast_adapter_dtype=False)
-    draw_factors(model)
-    return model
-
-
-def draw_factors(model):
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            parameter.data = unit(*parameter.shape, fan_in=parameter.shape[1])
-        elif "lora_B" in name:
-            parameter.data = unit(*parameter.shape, fan_in=R)
-
-
-def adapted_experts(**options):
-    """Experts of any layout and gate, wrapped."""
-    return adapted(Block(test_experts.make(**options)))
-
-
-def implementation(model, name):
-    for module in tiny_models.experts_of(model):
-        module.config._experts_implementation = name
-
-
-def draw(routing="distinct"):
-    return dict(
-        hidden_states=unit(T, test_experts.H),
-        top_k_index=draw_experts(T, E, K, routing).long(),
-        top_k_weights=torch.rand(T, K),
-    )
-
-
-def results(model, inputs, name, dtype=torch.float32, run=None):
-    """The output and every gradient of `model` in that dtype on the implementation `name`."""
-    model = copy.deepcopy(model).to(dtype)
-    implementation(model, name)
-    inputs = {
-        n: t.to(dtype).detach().requires_grad_() if t.is_floating_point() else t
-        for n, t in inputs.items()
-    }
-    output = (run or (lambda model, inputs: model(**inputs)))(model, inputs)
-    output = output if isinstance(output, torch.Tensor) else output[0]
-    torch.manual_seed(1)
-    output.backward(torch.randn(output.shape, dtype=torch.float64).to(output.dtype))
-    taken = {n: t.grad for n, t in inputs.items() if t.grad is not None}
-    taken |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert all(
-        n in taken and taken[n].any() for n, p in model.named_parameters() if p.requires_grad
-    )
-    return taken | dict(output=output.detach())
-
-
-def assert_as_peft(model, inputs, dtype=torch.float64, **options):
-    """Against `eager` with PEFT's own path: that in float64, and that in the same dtype."""
-    ours = results(model, inputs, "moe_ext", dtype, **options)
-    peft_s = results(model, inputs, "eager", dtype, **options)
-    oracle = results(model, inputs, "eager", torch.float64, **options)
-    assert ours.keys() == peft_s.keys()
-    for name, expected in oracle.items():
-        assert_within_bound(name, ours[name], expected, peft_s[name], dtype)
-    return ours
-
-
-def assert_near_peft(model, inputs, dtype, limit, **options):
-    """Against `eager` with PEFT's own path in float64."""
-    ours = results(model, inputs, "moe_ext", dtype, **options)
-    peft_s = results(model, inputs, "eager", torch.float64, **options)
-    assert ours.keys() == peft_s.keys()
-    for name, expected in peft_s.items():
-        assert relative_error(ours[name], expected) < limit, name
-
-
 # ---- the same results -----------------------------------------------------------------
-
-GATES = test_experts.GATES | test_experts.CALLED
 
 
 @pytest.mark.parametrize("has_post_expert_norm", (False, True))
@@ -427,83 +332,6 @@ def test_lora_ffn_is_an_op(is_combined, has_bias):
         args = [t if t is None else t.detach().requires_grad_(needs) for t in tensors]
         options = ("swiglu", 0.7, 1.702, 1.0, True, needs)
         torch.library.opcheck(torch.ops.moe_ext_transformers.lora_ffn, (*args, *plan, *options))
-
-
-# ---- memory ----------------------------------------------------------------------------
-
-
-def kept_bytes(model, inputs, name):
-    """Of the tensors that autograd keeps for the backward pass, parameters and inputs aside."""
-    implementation(model, name)
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *inputs.values())}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(**inputs)
-    kept = sum(s.nbytes() for pointer, s in storages.items() if pointer not in own)
-    assert output.requires_grad
-    return kept
-
-
-# At their proportions: hidden, intermediate, experts, tokens, top_k, rank.
-PROPORTIONS = {
-    "an eighth of Mixtral, 2048 tokens, r=16": (512, 1792, 8, 256, 2, 2),
-    "a quarter of Qwen3-30B-A3B, 2048 tokens, r=16": (512, 192, 128, 512, 8, 4),
-}
-
-
-@pytest.fixture(params=PROPORTIONS.values(), ids=PROPORTIONS)
-def real_model(request, monkeypatch):
-    hidden, intermediate, num_experts, tokens, top_k, rank = request.param
-    for name, size in dict(H=hidden, I=intermediate, E=num_experts).items():
-        monkeypatch.setattr(test_experts, name, size)
-    inputs = dict(
-        hidden_states=unit(tokens, hidden).requires_grad_(),
-        top_k_index=draw_experts(tokens, num_experts, top_k).long(),
-        top_k_weights=torch.rand(tokens, top_k).requires_grad_(),
-    )
-    return adapted(Block(test_experts.make()), r=rank), inputs
-
-
-def test_kept_bytes(real_model):
-    ours, peft_s = (kept_bytes(*real_model, name) for name in ("moe_ext", "grouped_mm"))
-    assert ours < peft_s / 10
-
-
-class LargestTensor(TorchDispatchMode):
-    """Of all that any op makes, the most elements; views of the parameters are not made."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.numel = 0
-        self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.own:
-                self.numel = max(self.numel, t.numel())
-        return result
-
-
-@pytest.mark.parametrize("gate", ("swiglu", "unknown"))
-def test_nothing_of_a_stacks_size_is_made(gate):
-    """Forward and backward: no merged copy, no gradient of what is frozen."""
-    model = adapted_experts(**GATES[gate])
-    inputs = {n: t[:1] for n, t in draw().items()}
-    sizes = {}
-    for name in ("moe_ext", "eager"):
-        implementation(model, name)
-        with LargestTensor(model) as largest:
-            model(**inputs).sum().backward()
-        sizes[name] = largest.numel
-    stacks = [t.numel() for n, t in model.named_parameters() if n.endswith("proj")]
-    assert sizes["moe_ext"] < min(stacks) < max(stacks) <= sizes["eager"]
 
 
 # ---- what is not known -----------------------------------------------------------------

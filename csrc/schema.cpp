@@ -102,4 +102,8 @@ TORCH_LIBRARY(moe_ext, m) {
       " Tensor(d!)? step_counts, Tensor logits, Tensor experts, Tensor expert_counts,"
       " Tensor route_score_sums, Tensor? assignment_row=None, Tensor? padding_mask=None,"
       " str score_function=\"softmax\") -> ()");
+
+  // ---- cpu_instruction_sets: those that the CPU's loops can take here, the one in use first.
+  //      An error where MOE_EXT_CPU names another.
+  m.def("cpu_instruction_sets() -> str[]");
 }

@@ -161,6 +161,7 @@ def load(backend):
         )
     if backend != "emulated" or (library.parent / "needs_cpu").exists():
         importlib.import_module("moe_ext._C")
+        torch.ops.moe_ext.cpu_instruction_sets()  # a wrong MOE_EXT_CPU is an error at once
     if backend == "emulated":
         torch.ops.load_library(library)
     try:

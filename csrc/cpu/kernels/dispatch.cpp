@@ -2,8 +2,6 @@
 
 #include <cstdlib>
 #include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "kernels.h"
 
@@ -44,25 +42,44 @@ std::vector<Choice> choices() {
   return all;
 }
 
+std::string joined(const std::vector<std::string>& names) {
+  std::string all;
+  for (const std::string& name : names) all += (all.empty() ? "" : ", ") + name;
+  return all;
+}
+
 // MOE_EXT_CPU=<name> takes another one, so that one machine can test all that it has.
 Isa choose() {
   const char* wanted = std::getenv("MOE_EXT_CPU");
   Isa best = Isa::baseline;
-  std::string here;
   for (const Choice& choice : choices()) {
     if (!choice.runs) continue;
     if (wanted && wanted == std::string(choice.name)) return choice.isa;
     if (choice.wins) best = choice.isa;
-    here += (here.empty() ? "" : ", ") + std::string(choice.name);
   }
   if (wanted && *wanted) {
-    throw std::invalid_argument("MOE_EXT_CPU must be one of this processor's instruction sets, " +
-                                here + ", got " + wanted);
+    throw std::invalid_argument("MOE_EXT_CPU must be one of this processor's instruction sets (" +
+                                joined(instruction_sets()) + "), got " + wanted);
   }
   return best;
 }
 
 }  // namespace
+
+const char* name_of(Isa isa) {
+  for (const Choice& choice : choices()) {
+    if (choice.isa == isa) return choice.name;
+  }
+  return nullptr;
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Choice& choice : choices()) {
+    if (choice.runs) names.push_back(choice.name);
+  }
+  return names;
+}
 
 Isa instruction_set() {
   static const Isa chosen = choose();

@@ -12,6 +12,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "../../activation.h"
 
@@ -192,8 +194,12 @@ template <class P>
 const Kernels<P>& kernels();
 
 enum class Isa { baseline, avx2, avx512, avx512_bf16 };
-// What kernels() are of, and all else that is compiled for several.
+// What kernels() are of, and all else that is compiled for several. Throws where MOE_EXT_CPU
+// names none of this processor's.
 Isa instruction_set();
+const char* name_of(Isa isa);
+// The names of all that this processor has.
+std::vector<std::string> instruction_sets();
 // Whether there are kernels<bf16>().
 inline bool multiplies_bf16() { return instruction_set() == Isa::avx512_bf16; }
 

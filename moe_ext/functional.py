@@ -175,14 +175,15 @@ def topk_route(
         routed_scaling_factor, n_group, topk_group, group_score,
     )  # fmt: skip
     if BACKEND == "reference":
-        return reference.topk_route(logits, top_k, **dict(zip(_ROUTE_OPTIONS, options)))
+        return reference.topk_route(logits, top_k, **dict(zip(_ROUTE_ARGUMENTS, options)))
     return Route(*_call("topk_route", logits, top_k, *options))
 
 
-_ROUTE_OPTIONS = (
-    "selection_bias", "padding_mask", "experts", "score_function", "norm_topk_prob",
-    "routed_scaling_factor", "n_group", "topk_group", "group_score",
+ROUTE_OPTIONS = (
+    "score_function", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group",
+    "group_score",
 )  # fmt: skip
+_ROUTE_ARGUMENTS = ("selection_bias", "padding_mask", "experts", *ROUTE_OPTIONS)
 
 
 def capacity_scatter(
@@ -297,7 +298,7 @@ def grouped_ffn(
     x, *parameters = _autocast(x, up_proj, down_proj, up_bias, down_bias)
     options = (activation, limit, alpha, up_offset, transposed, interleaved)
     if BACKEND == "reference":
-        return reference.grouped_ffn(x, plan, *parameters, **dict(zip(_FFN_OPTIONS, options)))
+        return reference.grouped_ffn(x, plan, *parameters, **dict(zip(FFN_OPTIONS, options)))
     keep_preactivations = _needs_gradient(x, *parameters)
     rows, _ = _call(
         "grouped_ffn", x, plan.expert_offsets, plan.row_token, plan.assignment_row, *parameters,
@@ -306,7 +307,7 @@ def grouped_ffn(
     return rows
 
 
-_FFN_OPTIONS = ("activation", "limit", "alpha", "up_offset", "transposed", "interleaved")
+FFN_OPTIONS = ("activation", "limit", "alpha", "up_offset", "transposed", "interleaved")
 
 
 def weighted_combine(rows, weights, plan):
@@ -377,7 +378,7 @@ def moe_forward(
     options = (activation, limit, alpha, up_offset, transposed, interleaved)
     if BACKEND == "reference":
         return reference.moe_forward(
-            x, weights, plan, *parameters, **dict(zip(_FFN_OPTIONS, options))
+            x, weights, plan, *parameters, **dict(zip(FFN_OPTIONS, options))
         )
     keep_preactivations = _needs_gradient(x, weights, *parameters)
     y, _ = _call(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from . import losses
+from . import inference, losses
 from ._checks import (
     DROP_POLICIES,
     SCORE_FUNCTIONS,
@@ -321,6 +321,11 @@ class MoE(nn.Module):
         """See the class."""
         check_tokens(x, self.hidden_size, self.experts.down_proj)
         padding_mask = self._padding_of(x, padding_mask)
+        if routing is None and not return_routing:
+            operands = inference.operands(self, x)
+            if operands is not None:
+                y = inference.moe_infer(self, operands, x, padding_mask)
+                return self._with_shared(y, x, padding_mask)
         tokens = x.reshape(-1, self.hidden_size)
         if padding_mask is not None:
             padding_mask = padding_mask.reshape(-1)
@@ -354,12 +359,7 @@ class MoE(nn.Module):
             self._stats.accumulate(
                 logits, route, plan.assignment_row, padding_mask, self.score_function, self.training
             )
-        y = self.experts(tokens, weights, plan)
-        if self.shared_experts is not None:
-            y = y + self._shared(tokens, padding_mask)
-        if y.dtype != x.dtype:  # autocast's
-            y = y.to(x.dtype)
-
+        y = self._with_shared(self.experts(tokens, weights, plan), tokens, padding_mask)
         y = y.view(x.shape)
         if not return_routing:
             return y
@@ -386,15 +386,20 @@ class MoE(nn.Module):
         return mask
 
     def _plan(self, shape, route, padding_mask):
+        capacity, num_sequences = self._limits(shape)
+        return capacity_scatter(
+            route.experts, self.num_experts, capacity,
+            weights=route.weights.detach() if self.drop_policy == "probs" else None,
+            padding_mask=padding_mask, drop_policy=self.drop_policy, num_sequences=num_sequences,
+        )  # fmt: skip
+
+    def _limits(self, shape):
+        """(capacity, num_sequences) for x of this shape."""
         if self.capacity_scope == "sequence":
             tokens, num_sequences = shape[-2], math.prod(shape[:-2])
         else:
             tokens, num_sequences = math.prod(shape[:-1]), 1
-        return capacity_scatter(
-            route.experts, self.num_experts, self.capacity(tokens),
-            weights=route.weights.detach() if self.drop_policy == "probs" else None,
-            padding_mask=padding_mask, drop_policy=self.drop_policy, num_sequences=num_sequences,
-        )  # fmt: skip
+        return self.capacity(tokens), num_sequences
 
     def capacity(self, tokens):
         """C, the most rows of one expert, for so many tokens in the mode that the layer is in.
@@ -435,12 +440,20 @@ class MoE(nn.Module):
             z_loss = losses.mean_square(logsumexp, tokens)
         return weights, aux_loss, z_loss
 
+    def _with_shared(self, y, x, padding_mask):
+        """The routed experts' y and the shared ones', added, in x's shape and dtype."""
+        if self.shared_experts is not None:
+            y = y + self._shared(x.reshape(-1, self.hidden_size), padding_mask).view(x.shape)
+        if y.dtype != x.dtype:  # autocast's
+            y = y.to(x.dtype)
+        return y
+
     def _shared(self, tokens, padding_mask):
         shared = self.shared_experts(tokens)
         if self.shared_expert_gate is not None:
             shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
         if padding_mask is not None:
-            shared = shared.masked_fill(padding_mask[:, None], 0)
+            shared = shared.masked_fill(padding_mask.reshape(-1, 1), 0)
         return shared
 
     # ---- statistics and state ----------------------------------------------------

@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_ext
-from layer_suite import E, H, K, assert_close, assert_step_matches, make, run, step
+from layer_suite import E, H, K, assert_close, assert_step_matches, make, options, run, step
 from moe_ext import MoE, reference
 from naive_layer import capacity
 from oracle import (
-    ACTIVATIONS,
     DTYPES,
     HAS_OPS,
     assert_within_bound,
@@ -21,45 +20,6 @@ from oracle import (
     several_runs,
     unit,
 )
-
-
-@st.composite
-def options(draw):
-    activation = draw(st.sampled_from(ACTIVATIONS))
-    gated = activation in reference.GATES
-    flag = st.booleans()
-    shared = draw(st.sampled_from((0, 10)))
-    drawn = dict(
-        activation=activation,
-        transposed=draw(flag),
-        interleaved=gated and draw(flag),
-        bias=draw(flag),
-        gate_bias=draw(flag),
-        score_function=draw(st.sampled_from(("softmax", "sigmoid", "softmax_topk"))),
-        norm_topk_prob=draw(flag),
-        routed_scaling_factor=draw(st.sampled_from((1.0, 2.5))),
-        score_correction_bias=draw(flag),
-        capacity_factor=draw(st.sampled_from((None, 0.5, 1.0, 1.25))),
-        eval_capacity_factor=draw(st.sampled_from((None, 1.0))),
-        min_capacity=draw(st.sampled_from((0, 1, 4))),
-        expert_capacity=draw(st.sampled_from((None, None, 2))),
-        capacity_scope=draw(st.sampled_from(("batch", "sequence"))),
-        drop_policy=draw(st.sampled_from(("choice", "token", "probs"))),
-        renormalize_after_drop=draw(flag),
-        aux_loss_coef=draw(st.sampled_from((0.0, 0.1))),
-        z_loss_coef=draw(st.sampled_from((0.0, 0.01))),
-        shared_expert_intermediate_size=shared,
-        shared_expert_gate=bool(shared) and draw(flag),
-    )
-    if gated and draw(flag):
-        drawn |= dict(limit=1.0, up_offset=1.0)
-        if activation == "swiglu":
-            drawn["alpha"] = 1.702
-    if draw(flag):
-        drawn |= dict(
-            n_group=4, topk_group=2, group_score=draw(st.sampled_from(("max", "top2_sum")))
-        )
-    return drawn
 
 
 @settings(max_examples=60)

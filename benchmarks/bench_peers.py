@@ -1,7 +1,7 @@
 """A layer's experts beside other libraries that have them, each in the process it needs.
 
     make peers                                              # installs them, once
-    python benchmarks/bench_peers.py                        # all: 12 minutes on two cores
+    python benchmarks/bench_peers.py                        # all: 9 minutes on two cores
     python benchmarks/bench_peers.py --shapes fine --tokens 1 16 --dtypes bfloat16 --dry-run
     python benchmarks/bench_peers.py --peers sglang vllm --shapes coarse --dry-run
     python benchmarks/bench_peers.py --shapes --update-readme      # only the tables
@@ -80,12 +80,14 @@ def float64_result(gate_up_proj, down_proj, x, weights, experts):
     return y
 
 
-def checked_error(name, y, exact, dtype):
+def checked_error(side, y, exact, dtype):
+    """Of y, relative to the norm of the exact result."""
+    if y.shape != exact.shape:
+        raise RuntimeError(f"{side}: y must be {tuple(exact.shape)}, got {tuple(y.shape)}")
     error = ((y.double() - exact).norm() / exact.norm()).item()
-    if y.shape != exact.shape or not error <= TOLERANCE[dtype]:
+    if not error <= TOLERANCE[dtype]:
         raise RuntimeError(
-            f"{name}: y {tuple(y.shape)} is {error:.2e} of its norm away from float64's"
-            f" {tuple(exact.shape)}, over {TOLERANCE[dtype]} in {dtype}"
+            f"{side}: y is {error:.2e} of its norm away from float64's, over {TOLERANCE[dtype]}"
         )
     return error
 
@@ -94,11 +96,11 @@ def bench_weights(name, dtype, arguments):
     """The cases of one layer's weights, a number of tokens each."""
     shape = SHAPES[name]
     torch.manual_seed(0)
-    weights = make_weights(shape, getattr(torch, dtype))
     with (
-        tempfile.TemporaryDirectory() as folder,
         Sides([ours, *arguments.peers], dtype, arguments.threads) as sides,
+        tempfile.TemporaryDirectory() as folder,
     ):
+        weights = make_weights(shape, getattr(torch, dtype))  # while the workers start
         torch.save(weights, f"{folder}/weights")
         sides.each("prepare", f"{folder}/weights")
         for tokens in arguments.tokens or shape.tokens:
@@ -139,8 +141,8 @@ def main():
     parser.add_argument("--tokens", nargs="+", type=int, help="of each shape (default: its own)")
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCE, default=list(TOLERANCE))
     parser.add_argument("--peers", nargs="*", choices=peers.NAMES, default=list(peers.NAMES))
-    parser.add_argument("--repeats", type=int, default=31, help="rounds (default 31)")
-    parser.add_argument("--seconds", type=float, default=8, help="of rounds a case (default 8)")
+    parser.add_argument("--repeats", type=int, default=21, help="rounds (default 21)")
+    parser.add_argument("--seconds", type=float, default=6, help="of rounds a case (default 6)")
     parser.add_argument("--patience", type=float, default=4, help="seconds a call (default 4)")
     parser.add_argument("--quick", action="store_true", help="3 rounds, for a first look")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")

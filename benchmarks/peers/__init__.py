@@ -24,12 +24,12 @@ BUILD = harness.ROOT / "build" / "peers"
 NAMES = ("sglang", "vllm", "ggml", "onnxruntime", "zentorch", "kt_kernel")
 
 
-def modules(names=NAMES):
+def modules(names):
     return [importlib.import_module(f"peers.{name}") for name in names]
 
 
 def pins():
-    return {name_of(peer): " ".join(peer.REQUIREMENTS) for peer in modules()}
+    return {name_of(peer): " ".join(peer.REQUIREMENTS) for peer in modules(NAMES)}
 
 
 def name_of(peer):

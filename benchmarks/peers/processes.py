@@ -11,6 +11,8 @@ import tempfile
 import harness
 import peers
 
+READ = 1 << 30  # bytes before each call, more than caches hold
+
 
 class PeerFailed(Exception):
     """A peer raised, ended its process, or did not answer."""
@@ -25,7 +27,7 @@ class Process:
         self.log = tempfile.TemporaryFile("w+")
         path = [harness.ROOT / "benchmarks", harness.ROOT, os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
-            [peers.python_of(venv), "-m", "peers.worker", str(threads)],
+            [peers.python_of(venv), "-m", "peers.worker", str(threads), str(READ)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -42,7 +44,7 @@ class Process:
         except BrokenPipeError:
             raise self.failure() from None
         if not select.select([self.process.stdout], [], [], self.patience)[0]:
-            self.close()
+            self.process.kill()
             raise PeerFailed(f"{method} took over {self.patience} s")
         line = self.process.stdout.readline()
         if not line:
@@ -54,6 +56,7 @@ class Process:
         return answer["value"]
 
     def failure(self):
+        """What is known of a process that has ended."""
         self.log.seek(0)
         last = self.log.read().strip().rpartition("\n")[2]
         return PeerFailed(f"its process ended with {self.process.wait()}: {last}")
@@ -61,6 +64,13 @@ class Process:
     def close(self):
         self.process.kill()
         self.process.communicate()
+        self.log.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
 
 @functools.cache

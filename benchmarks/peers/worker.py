@@ -1,6 +1,6 @@
 """A process that runs peers of one environment, driven through its standard streams.
 
-    python -m peers.worker THREADS
+    python -m peers.worker THREADS BYTES       # read before each call
 
 A request is a line with a JSON list, a method of `Worker` and its arguments; the answer is a line
 with {"value": ...} or {"error": "..."}. Tensors travel in files. What a peer itself prints
@@ -21,10 +21,10 @@ import harness
 
 
 class Worker:
-    def __init__(self, threads):
+    def __init__(self, threads, read_bytes):
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
-        self.read = harness.MemoryRead()
+        self.read = harness.MemoryRead(read_bytes)
         self.layers, self.calls = {}, {}
 
     def prepare(self, module, weights_file):
@@ -52,7 +52,7 @@ def main():
     die_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    worker = Worker(int(sys.argv[1]))
+    worker = Worker(*map(int, sys.argv[1:]))
     gc.disable()  # as in timeit
     for line in sys.stdin:
         method, *arguments = json.loads(line)

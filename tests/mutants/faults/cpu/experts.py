@@ -66,8 +66,8 @@ fault(
 )
 fault(
     "backward: the weight's gradient misses the down bias",
-    "                         down_bias.defined()\n",
-    "                         down_bias.defined() && hidden < 0\n",
+    "                      down_bias.defined()\n",
+    "                      down_bias.defined() && hidden < 0\n",
     FORWARD + "test_many_choices",
 )
 fault(
@@ -110,7 +110,7 @@ fault(
 )
 fault(
     "rows are turned over without their last columns",
-    "convert_in(part, from[i] + k, count);",
+    "convert_in(part, from[i] + k * elements, filled);",
     "",
     GROUPED + "test_rows_an_expert",
 )
@@ -195,8 +195,8 @@ fault(
 )
 fault(
     "a weight gradient of very many rows packs them once",
-    "if (n0 == 0 || !keeps_left) load_rows",
-    "if (n0 == 0) load_rows",
+    "if (n0 == 0 || !keeps_left) {",
+    "if (n0 == 0) {",
     GROUPED + "test_rows_an_expert",
 )
 
@@ -215,8 +215,8 @@ fault(
 )
 fault(
     "a tall tile takes one row of weights for all",
-    "sum[m][first + r] += x * weight[r];",
-    "sum[m][first + r] += x * weight[0];",
+    "sum[m][first + r] = multiply_add(x, weight[r], sum[m][first + r]);",
+    "sum[m][first + r] = multiply_add(x, weight[0], sum[m][first + r]);",
     GROUPED + "test_few_tokens",
 )
 

@@ -116,8 +116,4 @@ TORCH_LIBRARY(moe_ext, m) {
       " Tensor? selection_bias=None, Tensor? padding_mask=None, " ROUTE_OPTIONS
       ", SymInt? capacity=None, str drop_policy=\"choice\", SymInt num_sequences=1, "
       FFN_OPTIONS ", bool batch_invariant=False) -> (Tensor y)");
-
-  // ---- cpu_instruction_sets: those that the CPU's loops can take here, the one in use first.
-  //      An error where MOE_EXT_CPU names another.
-  m.def("cpu_instruction_sets() -> str[]");
 }

@@ -1,4 +1,6 @@
-// cpu_instruction_sets: what the loops of csrc/cpu can be run on here.
+// cpu_instruction_sets: what the loops of csrc/cpu can be run on here, the one in use first; an
+// error where MOE_EXT_CPU names another. Its schema is not in schema.cpp, which the CUDA sources
+// are also built with alone.
 
 #include <torch/library.h>
 
@@ -20,8 +22,8 @@ std::vector<std::string> cpu_instruction_sets() {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(moe_ext, CompositeExplicitAutograd, m) {
-  m.impl("cpu_instruction_sets", &cpu_instruction_sets);
+TORCH_LIBRARY_FRAGMENT(moe_ext, m) {
+  m.def("cpu_instruction_sets() -> str[]", &cpu_instruction_sets);
 }
 
 }  // namespace moe_ext::cpu

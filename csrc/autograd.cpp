@@ -152,6 +152,18 @@ struct Call : torch::autograd::Function<Call> {
   }
 };
 
+bool wants_gradient(const c10::FunctionSchema& schema, c10::ArrayRef<c10::IValue> arguments) {
+  bool wanted = false;
+  for (const c10::IValue& argument : arguments) {
+    if (!argument.isTensor()) continue;
+    const at::Tensor& tensor = argument.toTensor();
+    TORCH_CHECK(!tensor._fw_grad(/*level=*/0).defined(), schema.name(),
+                ": forward-mode AD is not supported: use torch.autograd");
+    wanted |= tensor.requires_grad();
+  }
+  return wanted && at::GradMode::is_enabled();
+}
+
 // The kernel of one op for the dispatch key Autograd.
 class Differentiable final : public c10::OperatorKernel {
  public:
@@ -178,22 +190,21 @@ class Differentiable final : public c10::OperatorKernel {
   }
 
  private:
-  static bool wants_gradient(const c10::FunctionSchema& schema,
-                             c10::ArrayRef<c10::IValue> arguments) {
-    bool wanted = false;
-    for (const c10::IValue& argument : arguments) {
-      if (!argument.isTensor()) continue;
-      const at::Tensor& tensor = argument.toTensor();
-      TORCH_CHECK(!tensor._fw_grad(/*level=*/0).defined(), schema.name(),
-                  ": forward-mode AD is not supported: use torch.autograd");
-      wanted |= tensor.requires_grad();
-    }
-    return wanted && at::GradMode::is_enabled();
-  }
-
   const char* const backward_;
   std::once_flag once_;
   std::shared_ptr<const Formula> formula_;
+};
+
+// The same for an op of inference alone.
+class WithoutGradient final : public c10::OperatorKernel {
+ public:
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+    const c10::FunctionSchema& schema = op.schema();
+    const auto arguments = torch::jit::last(*stack, schema.arguments().size());
+    TORCH_CHECK(!wants_gradient(schema, arguments), schema.name(),
+                " has no gradient: call it under torch.no_grad()");
+    run_below_autograd(op, keys, stack);
+  }
 };
 
 }  // namespace
@@ -215,6 +226,8 @@ TORCH_LIBRARY_IMPL(moe_ext, Autograd, m) {
     add(op, backward);
     add(backward, nullptr);
   }
+  m.impl("moe_infer", torch::CppFunction::makeFromBoxedKernel(
+                          c10::BoxedKernel::makeFromFunctor(std::make_unique<WithoutGradient>())));
 }
 
 }  // namespace moe_ext

@@ -14,6 +14,12 @@
 
 // clang-format off: the strings are broken where they read best.
 
+// How scores become weights and a choice.
+#define ROUTE_OPTIONS                                                     \
+  "str score_function=\"softmax\", bool norm_topk_prob=True, "            \
+  "float routed_scaling_factor=1.0, int n_group=1, int topk_group=1, "    \
+  "str group_score=\"max\""
+
 // The experts' layout and activation: every op that runs experts takes these.
 #define FFN_OPTIONS                                                       \
   "str activation=\"swiglu\", float? limit=None, float alpha=1.0, "       \
@@ -36,8 +42,7 @@ TORCH_LIBRARY(moe_ext, m) {
   //      `experts` replays a recorded choice instead of choosing.
   m.def(
       "topk_route(Tensor logits, int top_k, Tensor? selection_bias=None, Tensor? padding_mask=None,"
-      " Tensor? experts=None, str score_function=\"softmax\", bool norm_topk_prob=True,"
-      " float routed_scaling_factor=1.0, int n_group=1, int topk_group=1, str group_score=\"max\")"
+      " Tensor? experts=None, " ROUTE_OPTIONS ")"
       " -> (Tensor weights, Tensor experts, Tensor counts, Tensor score_sums, Tensor logsumexp)");
   m.def(
       "topk_route_backward(Tensor? grad_weights, Tensor? grad_score_sums, Tensor? grad_logsumexp,"
@@ -102,4 +107,17 @@ TORCH_LIBRARY(moe_ext, m) {
       " Tensor(d!)? step_counts, Tensor logits, Tensor experts, Tensor expert_counts,"
       " Tensor route_score_sums, Tensor? assignment_row=None, Tensor? padding_mask=None,"
       " str score_function=\"softmax\") -> ()");
+
+  // ---- moe_infer: a layer's inference, logits to output: x (..., H) and, where given, its
+  //      padding_mask (...) -> y (..., H). No gradient. The sums are accumulate_stats'.
+  m.def(
+      "moe_infer(Tensor x, Tensor gate_weight, Tensor? gate_bias, " EXPERT_PARAMETERS
+      ", Tensor(a!) counts, Tensor(b!) score_sums, Tensor(c!) totals, int top_k,"
+      " Tensor? selection_bias=None, Tensor? padding_mask=None, " ROUTE_OPTIONS
+      ", SymInt? capacity=None, str drop_policy=\"choice\", SymInt num_sequences=1, "
+      FFN_OPTIONS ", bool batch_invariant=False) -> (Tensor y)");
+
+  // ---- cpu_instruction_sets: those that the CPU's loops can take here, the one in use first.
+  //      An error where MOE_EXT_CPU names another.
+  m.def("cpu_instruction_sets() -> str[]");
 }

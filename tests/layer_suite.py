@@ -1,10 +1,11 @@
-"""What the tests of `MoE` share: layers of unit scale, one training step, closeness."""
+"""What the tests of `MoE` share: layers of unit scale, their options, one training step, closeness."""
 
 import torch
+from hypothesis import strategies as st
 
-from moe_ext import MoE
+from moe_ext import MoE, reference
 from naive_layer import naive_layer
-from oracle import unit
+from oracle import ACTIVATIONS, redraw, unit
 
 H, I, E, K = 16, 12, 8, 2
 
@@ -24,6 +25,45 @@ def make(num_experts=E, top_k=K, hidden=H, width=I, seed=None, dtype=torch.float
         if layer.gate.e_score_correction_bias is not None:
             layer.gate.e_score_correction_bias.copy_(unit(num_experts) * 0.2)
     return layer
+
+
+@st.composite
+def options(draw):
+    activation = draw(st.sampled_from(ACTIVATIONS))
+    gated = activation in reference.GATES
+    flag = st.booleans()
+    shared = draw(st.sampled_from((0, 10)))
+    drawn = dict(
+        activation=activation,
+        transposed=draw(flag),
+        interleaved=gated and draw(flag),
+        bias=draw(flag),
+        gate_bias=draw(flag),
+        score_function=draw(st.sampled_from(("softmax", "sigmoid", "softmax_topk"))),
+        norm_topk_prob=draw(flag),
+        routed_scaling_factor=draw(st.sampled_from((1.0, 2.5))),
+        score_correction_bias=draw(flag),
+        capacity_factor=draw(st.sampled_from((None, 0.5, 1.0, 1.25))),
+        eval_capacity_factor=draw(st.sampled_from((None, 1.0))),
+        min_capacity=draw(st.sampled_from((0, 1, 4))),
+        expert_capacity=draw(st.sampled_from((None, None, 2))),
+        capacity_scope=draw(st.sampled_from(("batch", "sequence"))),
+        drop_policy=draw(st.sampled_from(("choice", "token", "probs"))),
+        renormalize_after_drop=draw(flag),
+        aux_loss_coef=draw(st.sampled_from((0.0, 0.1))),
+        z_loss_coef=draw(st.sampled_from((0.0, 0.01))),
+        shared_expert_intermediate_size=shared,
+        shared_expert_gate=bool(shared) and draw(flag),
+    )
+    if gated and draw(flag):
+        drawn |= dict(limit=1.0, up_offset=1.0)
+        if activation == "swiglu":
+            drawn["alpha"] = 1.702
+    if draw(flag):
+        drawn |= dict(
+            n_group=4, topk_group=2, group_score=draw(st.sampled_from(("max", "top2_sum")))
+        )
+    return drawn
 
 
 def step(layer, x, forward, **kwargs):
@@ -50,17 +90,17 @@ def run_naive(layer, x, padding_mask=None):
     return y, layer.aux_loss_coef * aux + layer.z_loss_coef * z if layer.training else 0.0
 
 
-def assert_close(actual, expected, limit=1e-11):
-    assert actual.shape == expected.shape
+def assert_close(actual, expected, limit=1e-11, name=""):
+    assert actual.shape == expected.shape, name
     scale = max(expected.norm().item(), 1e-3)
-    assert (actual - expected).norm().item() <= limit * scale
+    assert (actual - expected).norm().item() <= limit * scale, name
 
 
 def assert_step_matches(layer, x, padding_mask=None):
-    state = torch.get_rng_state()
+    again = redraw()
     y, gradients = step(layer, x, run, padding_mask=padding_mask)
-    torch.set_rng_state(state)
+    again()
     expected, expected_gradients = step(layer, x, run_naive, padding_mask=padding_mask)
     assert_close(y, expected)
     for name, gradient in gradients.items():
-        assert_close(gradient, expected_gradients[name], 1e-10), name
+        assert_close(gradient, expected_gradients[name], 1e-10, name)

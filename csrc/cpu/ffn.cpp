@@ -68,31 +68,24 @@ at::Tensor preactivations_of(const Experts& experts, bool keep) {
 
 // ---- memory and threads
 
-template <class T>
-at::Tensor workspace(int64_t elements) {
-  return empty_large({elements}, at::TensorOptions(sizeof(T) == 8 ? at::kDouble : at::kFloat));
-}
-template at::Tensor workspace<float>(int64_t);
-template at::Tensor workspace<double>(int64_t);
-
 namespace {
 
 template <class T>
 T* data(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.numel() ? tensor.mutable_data_ptr<T>() : nullptr;
+  return tensor.defined() && tensor.numel() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
 }
 
 // Below this many multiplications, waking other threads costs more than they bring.
 constexpr int64_t kSerialWork = 1 << 18;
 
-// body(scratch, item) for every item, by whichever thread is free; a thread's scratch
-// holds `scratch_elements` of T.
-template <class T, class Body>
-void for_items(int64_t items, int64_t work, int64_t scratch_elements, Body body) {
+// body(scratch, item) for every item, by whichever thread is free; a thread has so many
+// bytes of scratch.
+template <class Body>
+void for_items(int64_t items, int64_t work, int64_t scratch_bytes, Body body) {
   std::atomic<int64_t> next{0};
   const auto worker = [&] {
-    const at::Tensor scratch = workspace<T>(scratch_elements);
-    for (int64_t i = next++; i < items; i = next++) body(data<T>(scratch), i);
+    const at::Tensor scratch = workspace<float>(scratch_bytes / int64_t(sizeof(float)));
+    for (int64_t i = next++; i < items; i = next++) body(Scratch{data<char>(scratch)}, i);
   };
   const int64_t threads = std::min<int64_t>(items, at::get_num_threads());
   if (threads <= 1 || work < kSerialWork) {
@@ -110,10 +103,10 @@ struct RowBlock {
   int64_t expert, begin, end, place;
 };
 
-template <class T>
+template <class P>
 std::vector<RowBlock> row_blocks(const Experts& experts) {
   constexpr int64_t cache_bytes = int64_t(1) << 20;
-  const int64_t fit = cache_bytes / int64_t(sizeof(T) * std::max<int64_t>(experts.hidden, 1));
+  const int64_t fit = cache_bytes / int64_t(sizeof(P) * std::max<int64_t>(experts.hidden, 1));
   const int64_t share = experts.kept / (2 * at::get_num_threads());
   const int64_t most = std::clamp<int64_t>(std::min(fit, share), 32, kRowChunk);
   std::vector<RowBlock> blocks;
@@ -181,7 +174,7 @@ Weight weight_of(const Experts& call, const at::Tensor& weight, int64_t expert, 
 }
 
 template <class T>
-at::Tensor in_compute_type(const at::Tensor& bias) {
+at::Tensor in_sums_type(const at::Tensor& bias) {
   if (!bias.defined()) return bias;
   return bias.to(sizeof(T) == 8 ? at::kDouble : at::kFloat).contiguous();
 }
@@ -209,12 +202,13 @@ template void combine_tokens<double>(const Experts&, const at::Tensor&, const do
 
 // ---- forward
 
-template <class T>
+template <class P>
 void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_stride, void* kept) {
-  const Kernels<T>& k = kernels<T>();
+  using T = Sum<P>;
+  const Kernels<P>& k = kernels<P>();
   const int64_t hidden = call.hidden, intermediate = call.intermediate;
   const bool gated = call.spec.gated;
-  const std::vector<RowBlock> blocks = row_blocks<T>(call);
+  const std::vector<RowBlock> blocks = row_blocks<P>(call);
   const int64_t height = most_rows(blocks);
   // Rows are turned over where both weights' rows run along the sums, unless all must be
   // summed alike.
@@ -223,29 +217,31 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
                        call.down_proj.stride(call.transposed ? 1 : 2) == 1;
     return along && !call.batch_invariant ? k.turned_rows(m, call.dtype) : 0;
   };
-  const at::Tensor activations = workspace<T>(blocks.size() * kRowUnit * padded<T>(intermediate) +
-                                              block_size<T>(call.kept, intermediate));
+  const at::Tensor activations = workspace<P>(blocks.size() * kRowUnit * padded<P>(intermediate) +
+                                              block_size<P>(call.kept, intermediate));
   const auto activations_of = [&](const RowBlock& block) {
-    return data<T>(activations) + block_size<T>(block.place, intermediate);
+    return data<P>(activations) + block_size<P>(block.place, intermediate);
   };
-  const at::Tensor up_bias = in_compute_type<T>(call.up_bias);
-  const at::Tensor down_bias = in_compute_type<T>(call.down_bias);
+  const at::Tensor up_bias = in_sums_type<T>(call.up_bias);
+  const at::Tensor down_bias = in_sums_type<T>(call.down_bias);
   const int32_t* row_token = call.row_token.const_data_ptr<int32_t>();
 
   // Where gate's and up's columns alternate in memory, a block of both is one product.
   const bool woven = call.spec.interleaved && call.up_proj.stride(call.transposed ? 2 : 1) == 1;
   const int64_t step = call.spec.interleaved ? 2 : 1;
   const ColumnBlocks up(woven ? call.width : intermediate, height, 64, blocks.size());
-  const int64_t x_size = block_size<T>(height, hidden), c_size = block_size<T>(height, up.widest());
-  for_items<T>(
+  const int64_t x_size = block_size<P>(height, hidden), c_size = block_size<T>(height, up.widest());
+  for_items(
       blocks.size() * up.groups, call.kept * call.width * hidden,
-      x_size + (woven ? 3 : 2) * c_size + k.matmul_scratch(height, hidden),
-      [&](T* scratch, int64_t item) {
+      Scratch::bytes<P>(x_size) + (woven ? 3 : 2) * Scratch::bytes<T>(c_size) +
+          k.matmul_scratch(height, hidden),
+      [&](Scratch scratch, int64_t item) {
         const RowBlock& block = blocks[item / up.groups];
         const auto [e, begin, end, _] = block;
         const int64_t m = end - begin, turned = turned_of(m);
-        T *x = scratch, *gate = x + x_size, *linear = gate + c_size, *both = linear + c_size,
-          *rest = woven ? both + c_size : both;
+        P* x = scratch.take<P>(x_size);
+        T *gate = scratch.take<T>(c_size), *linear = scratch.take<T>(c_size);
+        T* both = woven ? scratch.take<T>(c_size) : nullptr;
         k.load_block(x, {call.x.const_data_ptr(), call.dtype, call.x.stride(0), row_token + begin},
                      m, turned, hidden);
         const Weight w_gate = weight_of(call, call.up_proj, e, 0, woven ? 1 : step, false);
@@ -254,11 +250,11 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
                   : Weight{};
         up.for_blocks(item % up.groups, [&](int64_t c0, int64_t c1) {
           const int64_t i0 = woven ? c0 / 2 : c0, i1 = woven ? c1 / 2 : c1;
-          k.matmul_block(woven ? both : gate, x, m, turned, w_gate, hidden, c0, c1, rest);
+          k.matmul_block(woven ? both : gate, x, m, turned, w_gate, hidden, c0, c1, scratch);
           if (woven) {
             k.unweave(gate, linear, both, m, i1 - i0);
           } else if (gated) {
-            k.matmul_block(linear, x, m, turned, w_up, hidden, c0, c1, rest);
+            k.matmul_block(linear, x, m, turned, w_up, hidden, c0, c1, scratch);
           }
           void* kept_rows =
               kept ? static_cast<char*>(kept) + begin * call.width * size_of(call.dtype) : nullptr;
@@ -271,16 +267,17 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
 
   const ColumnBlocks down(hidden, height, 64, blocks.size());
   const int64_t y_size = block_size<T>(height, down.widest());
-  for_items<T>(
+  for_items(
       blocks.size() * down.groups, call.kept * intermediate * hidden,
-      y_size + k.matmul_scratch(height, intermediate), [&](T* scratch, int64_t item) {
+      Scratch::bytes<T>(y_size) + k.matmul_scratch(height, intermediate),
+      [&](Scratch scratch, int64_t item) {
         const RowBlock& block = blocks[item / down.groups];
         const auto [e, begin, end, _] = block;
         const int64_t m = end - begin, turned = turned_of(m);
-        T *c = scratch, *rest = c + y_size;
+        T* c = scratch.take<T>(y_size);
         const Weight w = weight_of(call, call.down_proj, e, 0, 1, false);
         down.for_blocks(item % down.groups, [&](int64_t h0, int64_t h1) {
-          k.matmul_block(c, activations_of(block), m, turned, w, intermediate, h0, h1, rest);
+          k.matmul_block(c, activations_of(block), m, turned, w, intermediate, h0, h1, scratch);
           k.store_block(static_cast<char*>(out) + (begin * out_stride + h0) * size_of(out_dtype),
                         out_dtype, out_stride, c, m, turned, h1 - h0,
                         down_bias.defined() ? data<T>(down_bias) + e * hidden + h0 : nullptr);
@@ -289,6 +286,7 @@ void ffn_forward(const Experts& call, void* out, Dtype out_dtype, int64_t out_st
 }
 template void ffn_forward<float>(const Experts&, void*, Dtype, int64_t, void*);
 template void ffn_forward<double>(const Experts&, void*, Dtype, int64_t, void*);
+template void ffn_forward<bf16>(const Experts&, void*, Dtype, int64_t, void*);
 
 // ---- backward
 
@@ -301,15 +299,15 @@ constexpr int64_t kStrip = 192;
 constexpr int64_t kCached = 1 << 20;
 
 // out (E, M, N) = each expert's sum over its rows of p^T q.
-template <class T>
+template <class P>
 void weight_gradient(const Experts& call, const at::Tensor& out, Rows p, Rows q) {
-  const Kernels<T>& k = kernels<T>();
+  const Kernels<P>& k = kernels<P>();
   const int64_t m = out.size(1), n = out.size(2), strips = (m + kStrip - 1) / kStrip;
   const int32_t* offsets = call.offsets();
   const bool past_caches = int64_t(out.nbytes()) > kCached;
-  for_items<T>(
+  for_items(
       call.experts * strips, call.kept * m * n, k.outer_scratch(std::min(kStrip, m)),
-      [&](T* scratch, int64_t item) {
+      [&](Scratch scratch, int64_t item) {
         const int64_t e = item / strips, strip = item % strips, begin = offsets[e];
         char* expert = static_cast<char*>(out.mutable_data_ptr()) + e * m * n * size_of(call.dtype);
         k.outer(expert, call.dtype, n, past_caches, rows_from(p, begin), m * strip / strips,
@@ -321,7 +319,7 @@ template <class T>
 at::Tensor bias_gradient(const Experts& call, int64_t cols, Rows rows, const T* weight) {
   at::Tensor out = at::empty({call.experts, cols}, call.x.options());
   const int32_t* offsets = call.offsets();
-  for_items<T>(call.experts, call.kept * cols, 0, [&](T*, int64_t e) {
+  for_items(call.experts, call.kept * cols, 0, [&](Scratch, int64_t e) {
     kernels<T>().sum_rows(
         static_cast<char*>(out.mutable_data_ptr()) + e * cols * size_of(call.dtype), call.dtype,
         rows_from(rows, offsets[e]), weight ? weight + offsets[e] : nullptr,
@@ -332,84 +330,86 @@ at::Tensor bias_gradient(const Experts& call, int64_t cols, Rows rows, const T* 
 
 }  // namespace
 
-template <class T>
-FfnGradients ffn_backward(const Experts& call, Rows upstream, const T* weight, T* score,
+template <class P>
+FfnGradients ffn_backward(const Experts& call, Rows upstream, const Sum<P>* weight, Sum<P>* score,
                           const at::Tensor& preactivations, std::array<bool, 5> mask) {
+  using T = Sum<P>;
   const auto [want_x, want_up, want_down, want_up_bias, want_down_bias] = mask;
-  const Kernels<T>& k = kernels<T>();
+  const Kernels<P>& k = kernels<P>();
   const int64_t hidden = call.hidden, intermediate = call.intermediate, width = call.width;
-  const Dtype compute = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
-  const std::vector<RowBlock> blocks = row_blocks<T>(call);
+  constexpr Dtype operand = Operand<P>::dtype, sum = Operand<T>::dtype;
+  const std::vector<RowBlock> blocks = row_blocks<P>(call);
   const int64_t height = most_rows(blocks);
-  const int64_t ld_dh = padded<T>(width), ld_wa = padded<T>(intermediate),
+  const int64_t ld_dh = padded<P>(width), ld_wa = padded<P>(intermediate),
                 ld_dx = padded<T>(hidden);
 
   // dL/dh and weight * activation of every row, and, to be summed per token, dL/dx.
-  const at::Tensor dh = workspace<T>(call.kept * ld_dh);
-  const at::Tensor wa = workspace<T>(call.kept * ld_wa);
+  const at::Tensor dh = workspace<P>(call.kept * ld_dh);
+  const at::Tensor wa = workspace<P>(call.kept * ld_wa);
   const at::Tensor dx_rows = want_x ? workspace<T>(call.kept * ld_dx) : at::Tensor();
-  const at::Tensor down_bias = in_compute_type<T>(call.down_bias);
+  const at::Tensor down_bias = in_sums_type<T>(call.down_bias);
   // One group each: an item has all columns of its rows, so the sums over them stay with it.
   const ColumnBlocks up(intermediate, height, kActivateColumns, kNoSplit),
       down(hidden, height, 64, kNoSplit);
-  const int64_t dy_size = height * padded<T>(hidden);
+  const int64_t dy_size = height * padded<P>(hidden);
   const int64_t c_size = height * padded<T>(std::max(up.widest(), down.widest()));
   const int64_t matmul_scratch =
       std::max(k.matmul_scratch(height, hidden), k.matmul_scratch(height, width));
 
   const bool want_rows = want_x || want_up || want_down || want_up_bias || score;
-  for_items<T>(want_rows ? blocks.size() : 0, call.kept * width * hidden,
-               dy_size + c_size + matmul_scratch, [&](T* scratch, int64_t item) {
-                 const auto [e, begin, end, _] = blocks[item];
-                 const int64_t m = end - begin;
-                 T *dy = scratch, *c = dy + dy_size, *rest = c + c_size;
-                 k.load_rows(dy, rows_from(upstream, begin), m, hidden);
-                 if (score) {
-                   for (int64_t r = 0; r < m; ++r) {
-                     score[begin + r] =
-                         down_bias.defined()
-                             ? k.dot({dy + r * padded<T>(hidden), compute, 0, nullptr},
-                                     {data<T>(down_bias) + e * hidden, compute, 0, nullptr}, hidden)
-                             : T(0);
-                   }
-                 }
-                 const Weight w_down = weight_of(call, call.down_proj, e, 0, 1, true);
-                 const char* h = static_cast<const char*>(preactivations.const_data_ptr()) +
-                                 begin * width * size_of(call.dtype);
-                 T *my_dh = data<T>(dh) + begin * ld_dh, *my_wa = data<T>(wa) + begin * ld_wa;
-                 up.for_blocks(0, [&](int64_t i0, int64_t i1) {
-                   k.matmul(c, dy, padded<T>(hidden), m, w_down, hidden, i0, i1, rest);
-                   for (int64_t s0 = i0; s0 < i1; s0 += kActivateColumns) {
-                     k.activate_backward(
-                         my_dh, ld_dh, my_wa, ld_wa, score ? score + begin : nullptr, c + (s0 - i0),
-                         padded<T>(i1 - i0), h, call.dtype, width,
-                         weight ? weight + begin : nullptr, m, s0,
-                         std::min(s0 + kActivateColumns, i1), intermediate, call.spec);
-                   }
-                 });
-                 if (!want_x) return;
-                 const Weight w_up = weight_of(call, call.up_proj, e, 0, 1, true);
-                 down.for_blocks(0, [&](int64_t h0, int64_t h1) {
-                   k.matmul(c, my_dh, ld_dh, m, w_up, width, h0, h1, rest);
-                   k.store_rows(data<T>(dx_rows) + begin * ld_dx + h0, compute, ld_dx, c,
-                                padded<T>(h1 - h0), m, h1 - h0);
-                 });
-               });
+  for_items(want_rows ? blocks.size() : 0, call.kept * width * hidden,
+            Scratch::bytes<P>(dy_size) + Scratch::bytes<T>(c_size) + matmul_scratch,
+            [&](Scratch scratch, int64_t item) {
+              const auto [e, begin, end, _] = blocks[item];
+              const int64_t m = end - begin;
+              P* dy = scratch.take<P>(dy_size);
+              T* c = scratch.take<T>(c_size);
+              k.load_rows(dy, rows_from(upstream, begin), m, hidden);
+              if (score) {
+                for (int64_t r = 0; r < m; ++r) {
+                  score[begin + r] =
+                      down_bias.defined()
+                          ? k.dot({dy + r * padded<P>(hidden), operand, 0, nullptr},
+                                  {data<T>(down_bias) + e * hidden, sum, 0, nullptr}, hidden)
+                          : T(0);
+                }
+              }
+              const Weight w_down = weight_of(call, call.down_proj, e, 0, 1, true);
+              const char* h = static_cast<const char*>(preactivations.const_data_ptr()) +
+                              begin * width * size_of(call.dtype);
+              P *my_dh = data<P>(dh) + begin * ld_dh, *my_wa = data<P>(wa) + begin * ld_wa;
+              up.for_blocks(0, [&](int64_t i0, int64_t i1) {
+                k.matmul(c, dy, padded<P>(hidden), m, w_down, hidden, i0, i1, scratch);
+                for (int64_t s0 = i0; s0 < i1; s0 += kActivateColumns) {
+                  k.activate_backward(my_dh, ld_dh, my_wa, ld_wa, score ? score + begin : nullptr,
+                                      c + (s0 - i0), padded<T>(i1 - i0), h, call.dtype, width,
+                                      weight ? weight + begin : nullptr, m, s0,
+                                      std::min(s0 + kActivateColumns, i1), intermediate, call.spec);
+                }
+              });
+              if (!want_x) return;
+              const Weight w_up = weight_of(call, call.up_proj, e, 0, 1, true);
+              down.for_blocks(0, [&](int64_t h0, int64_t h1) {
+                k.matmul(c, my_dh, ld_dh, m, w_up, width, h0, h1, scratch);
+                k.store_rows(data<T>(dx_rows) + begin * ld_dx + h0, sum, ld_dx, c,
+                             padded<T>(h1 - h0), m, h1 - h0);
+              });
+            });
 
   const at::Tensor none = at::empty({0}, call.x.options());
   FfnGradients gradients{none, none, none, none, none};
   const Rows x{call.x.const_data_ptr(), call.dtype, call.x.stride(0),
                call.row_token.const_data_ptr<int32_t>()};
-  const Rows dh_rows{data<T>(dh), compute, ld_dh, nullptr},
-      wa_rows{data<T>(wa), compute, ld_wa, nullptr};
+  const Rows dh_rows{data<P>(dh), operand, ld_dh, nullptr},
+      wa_rows{data<P>(wa), operand, ld_wa, nullptr};
   if (want_up) {
     gradients.up_proj = empty_large(call.up_proj.sizes(), call.x.options());
-    weight_gradient<T>(call, gradients.up_proj, call.transposed ? x : dh_rows,
+    weight_gradient<P>(call, gradients.up_proj, call.transposed ? x : dh_rows,
                        call.transposed ? dh_rows : x);
   }
   if (want_down) {
     gradients.down_proj = empty_large(call.down_proj.sizes(), call.x.options());
-    weight_gradient<T>(call, gradients.down_proj, call.transposed ? wa_rows : upstream,
+    weight_gradient<P>(call, gradients.down_proj, call.transposed ? wa_rows : upstream,
                        call.transposed ? upstream : wa_rows);
   }
   if (want_up_bias) gradients.up_bias = bias_gradient<T>(call, width, dh_rows, nullptr);
@@ -424,5 +424,7 @@ template FfnGradients ffn_backward<float>(const Experts&, Rows, const float*, fl
                                           const at::Tensor&, std::array<bool, 5>);
 template FfnGradients ffn_backward<double>(const Experts&, Rows, const double*, double*,
                                            const at::Tensor&, std::array<bool, 5>);
+template FfnGradients ffn_backward<bf16>(const Experts&, Rows, const float*, float*,
+                                         const at::Tensor&, std::array<bool, 5>);
 
 }  // namespace moe_ext::cpu

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "checks/ffn.h"
+#include "cpu/memory.h"
 #include "kernels/kernels.h"
 
 namespace moe_ext::cpu {
@@ -36,19 +37,26 @@ template <class T>
 void combine_tokens(const Experts& experts, const at::Tensor& y, const T* rows, int64_t ld,
                     const T* weight);
 
-// Calls body(T{}) with the type that this call computes in.
+// Calls body(P()) with the type of this call's operands, see kernels.h.
 template <class Body>
-auto with_compute_type(const Experts& experts, Body body) {
-  return experts.dtype == Dtype::f64 ? body(double()) : body(float());
+auto with_operands(const Experts& experts, Body body) {
+  if (experts.dtype == Dtype::f64) return body(double());
+  if (experts.dtype == Dtype::bf16 && multiplies_bf16()) return body(bf16());
+  return body(float());
 }
 
-// A block of scratch memory for rows in the compute type, or for one thread's work.
+// A block of memory for rows of operands or sums.
 template <class T>
-at::Tensor workspace(int64_t elements);
+at::Tensor workspace(int64_t elements) {
+  constexpr at::ScalarType dtype = sizeof(T) == 8   ? at::kDouble
+                                   : sizeof(T) == 4 ? at::kFloat
+                                                    : at::kBFloat16;
+  return empty_large({elements}, at::TensorOptions(dtype));
+}
 
 // Every kept row through its expert. Row r of `out` (out_dtype, out_stride elements
 // apart) is the expert's output; `kept` receives the preactivations unless it is null.
-template <class T>
+template <class P>
 void ffn_forward(const Experts& experts, void* out, Dtype out_dtype, int64_t out_stride,
                  void* kept);
 
@@ -56,11 +64,11 @@ struct FfnGradients {
   at::Tensor x, up_proj, down_proj, up_bias, down_bias;  // of shape (0) where not asked for
 };
 
-// From the rows' upstream gradients and `weight` (R, in the compute type; null: 1) to
-// the gradients that the mask asks for. score (R), unless null, receives the gradient
-// of each row's weight.
-template <class T>
-FfnGradients ffn_backward(const Experts& experts, Rows upstream, const T* weight, T* score,
-                          const at::Tensor& preactivations, std::array<bool, 5> mask);
+// From the rows' upstream gradients and `weight` (R; null: 1) to the gradients that the mask
+// asks for. score (R), unless null, receives the gradient of each row's weight.
+template <class P>
+FfnGradients ffn_backward(const Experts& experts, Rows upstream, const Sum<P>* weight,
+                          Sum<P>* score, const at::Tensor& preactivations,
+                          std::array<bool, 5> mask);
 
 }  // namespace moe_ext::cpu

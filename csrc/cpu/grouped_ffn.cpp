@@ -30,8 +30,8 @@ std::tuple<at::Tensor, at::Tensor> grouped_ffn(
   call.batch_invariant = batch_invariant;
   at::Tensor rows = at::empty({call.rows, call.hidden}, x.options());
   at::Tensor kept = preactivations_of(call, keep_preactivations);
-  with_compute_type(call, [&](auto t) {
-    ffn_forward<decltype(t)>(call, rows.mutable_data_ptr(), call.dtype, call.hidden,
+  with_operands(call, [&](auto p) {
+    ffn_forward<decltype(p)>(call, rows.mutable_data_ptr(), call.dtype, call.hidden,
                              keep_preactivations ? kept.mutable_data_ptr() : nullptr);
   });
   rows.narrow(0, call.kept, call.rows - call.kept).zero_();
@@ -51,8 +51,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> grouped_f
                     down_bias, activation, limit, alpha, up_offset, transposed, interleaved));
   const at::Tensor upstream = check_upstream(op, "grad_rows", call, grad_rows, call.rows);
   const at::Tensor kept = check_preactivations(op, call, preactivations);
-  const FfnGradients g = with_compute_type(call, [&](auto t) {
-    return ffn_backward<decltype(t)>(
+  const FfnGradients g = with_operands(call, [&](auto p) {
+    return ffn_backward<decltype(p)>(
         call, {upstream.const_data_ptr(), call.dtype, upstream.stride(0), nullptr}, nullptr,
         nullptr, kept, output_mask);
   });

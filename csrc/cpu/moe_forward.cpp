@@ -19,7 +19,7 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// The routing weights in the compute type, after the checks that grouped_ffn has not.
+// The routing weights in the sums' type, after the checks that grouped_ffn has not.
 template <class T>
 at::Tensor check_weights(const char* op, const Experts& call, const at::Tensor& weights,
                          const at::Tensor& row_assignment) {
@@ -41,13 +41,14 @@ std::tuple<at::Tensor, at::Tensor> moe_forward(
   call.batch_invariant = batch_invariant;
   at::Tensor y = at::empty({call.tokens, call.hidden}, x.options());
   at::Tensor kept = preactivations_of(call, keep_preactivations);
-  with_compute_type(call, [&](auto t) {
-    using T = decltype(t);
+  with_operands(call, [&](auto p) {
+    using P = decltype(p);
+    using T = Sum<P>;
     const at::Tensor w = check_weights<T>(op, call, weights, row_assignment);
     const int64_t ld = padded<T>(call.hidden);
     const at::Tensor rows = workspace<T>(call.kept * ld);
     const T* row_data = rows.const_data_ptr<T>();
-    ffn_forward<T>(call, rows.mutable_data_ptr(), sizeof(T) == 8 ? Dtype::f64 : Dtype::f32, ld,
+    ffn_forward<P>(call, rows.mutable_data_ptr(), Operand<T>::dtype, ld,
                    keep_preactivations ? kept.mutable_data_ptr() : nullptr);
     combine_tokens<T>(call, y, row_data, ld, w.const_data_ptr<T>());
   });
@@ -69,8 +70,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const at::Tensor kept = check_preactivations(op, call, preactivations);
   const at::Tensor assignments = row_assignment.contiguous();
   at::Tensor dweights;
-  const FfnGradients g = with_compute_type(call, [&](auto t) {
-    using T = decltype(t);
+  const FfnGradients g = with_operands(call, [&](auto p) {
+    using P = decltype(p);
+    using T = Sum<P>;
     const at::Tensor w = check_weights<T>(op, call, weights, assignments);
     const int32_t* assignment = assignments.const_data_ptr<int32_t>();
     const at::Tensor row_weight = workspace<T>(call.kept), score = workspace<T>(call.kept);
@@ -79,7 +81,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                         ": row_assignment must be in 0..T*K-1 where a row is kept");
       row_weight.mutable_data_ptr<T>()[r] = w.const_data_ptr<T>()[assignment[r]];
     }
-    const FfnGradients gradients = ffn_backward<T>(
+    const FfnGradients gradients = ffn_backward<P>(
         call,
         {dy.const_data_ptr(), call.dtype, dy.stride(0), call.row_token.const_data_ptr<int32_t>()},
         row_weight.const_data_ptr<T>(), output_mask[1] ? score.mutable_data_ptr<T>() : nullptr,

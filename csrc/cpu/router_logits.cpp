@@ -110,7 +110,7 @@ struct Matrix {
 // The tile of sums that stays in registers, by what the machine has of them.
 template <template <int, int, typename> class Kernel, typename A, typename... Args>
 void tiled_call(Args... args) {
-  if (cpu::instruction_set() == cpu::Isa::avx512 && std::is_same_v<A, float>) {
+  if (cpu::instruction_set() >= cpu::Isa::avx512 && std::is_same_v<A, float>) {
     simd_call<Kernel<4, 4, A>>(args...);
   } else {
     simd_call<Kernel<2, 2, A>>(args...);

@@ -40,6 +40,7 @@ template <typename Kernel, typename... Args>
 void simd_call(Args... args) {
   switch (cpu::instruction_set()) {
     case cpu::Isa::avx512:
+    case cpu::Isa::avx512_bf16:
       return simd_call_avx512<Kernel>(args...);
     case cpu::Isa::avx2:
       return simd_call_avx2<Kernel>(args...);

@@ -10,7 +10,8 @@ times, needs no compiling. Four libraries, in build/emulator/<kind>/:
     libkernels.so         csrc/cuda/kernels/*.cu. Nothing else, for its thread-local block is
                           the kernels' static shared memory
     libprimitives.so      tests/emulator/kernels/*.cu, the micro-kernels of the tests
-    moe_ext_emulated.so   the ops: csrc/{schema,autograd}.cpp and csrc/cuda/*.cpp, registered for CPU
+    moe_ext_emulated.so   the ops: csrc/{schema,autograd,moe_infer}.cpp and csrc/cuda/*.cpp,
+                          registered for CPU
 
 `checked` instruments every access of the kernels; see README.md.
 """
@@ -80,14 +81,15 @@ def lacking():
     """The ops of the schema that csrc/cuda/ does not have yet."""
     schema = (ROOT / "csrc/schema.cpp").read_text()
     declared = set(re.findall(r'm\.def\(\s*"(\w+)\(', schema))
-    return declared - set().union(*map(implemented, ROOT.glob("csrc/cuda/*.cpp")))
+    ours = [ROOT / "csrc/moe_infer.cpp", *ROOT.glob("csrc/cuda/*.cpp")]
+    return declared - set().union(*map(implemented, ours))
 
 
 def sources():
     """(ops and their helpers as C++, kernels)"""
     ours = ["csrc/build_info.cpp", "tests/emulator/torch_allocator.cpp"]
     if not lacking():  # else the CPU library brings the schema, and the ops that we lack
-        ours += ["csrc/schema.cpp", "csrc/autograd.cpp"]
+        ours += ["csrc/schema.cpp", "csrc/autograd.cpp", "csrc/moe_infer.cpp"]
     cuda = sorted(ROOT.glob("csrc/cuda/*.cpp"))
     return [*map(ROOT.joinpath, ours), *cuda], sorted(ROOT.glob("csrc/cuda/kernels/*.cu"))
 

@@ -58,9 +58,9 @@ inline Columns columns_of(const ActivationSpec& spec, int64_t i0, int64_t interm
 }
 
 // The last block also zeroes a row's padding: matmul reads whole vectors along k.
-template <class T>
-inline void zero_padding(T* row, int64_t cols) {
-  std::fill(row + cols, row + round_up(cols, kPadBytes / sizeof(T)), T(0));
+template <class P>
+inline void zero_padding(P* row, int64_t cols) {
+  std::fill(row + cols, row + round_up(cols, kPadBytes / sizeof(P)), P());
 }
 
 // Preactivations of some columns of one row, to memory.
@@ -93,15 +93,16 @@ MOE_INLINE V<T> activated(V<T> x, const T* u, const ActivationSpec& spec) {
 }
 
 // Rows as they are.
-template <class T>
-void activate_rows(T* a, int64_t lda, T* gate, T* up, int64_t ldc, int64_t m, int64_t i0,
+template <class P, class T = Sum<P>>
+void activate_rows(P* a, int64_t lda, T* gate, T* up, int64_t ldc, int64_t m, int64_t i0,
                    int64_t i1, int64_t intermediate, const ActivationSpec& spec, const T* bias,
                    void* kept, Dtype dtype, int64_t stride) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t count = i1 - i0;
   const Columns at = columns_of(spec, i0, intermediate);
   for (int64_t r = 0; r < m; ++r) {
-    T *g = gate + r * ldc, *u = up ? up + r * ldc : nullptr, *out = a + r * lda + i0;
+    T *g = gate + r * ldc, *u = up ? up + r * ldc : nullptr;
+    P* out = a + r * lda + i0;
     if (bias) {
       for (int64_t i = 0; i < count; ++i) g[i] += bias[at.gate + i * at.step];
       if (u) {
@@ -113,9 +114,9 @@ void activate_rows(T* a, int64_t lda, T* gate, T* up, int64_t ldc, int64_t m, in
       for (int64_t i = 0; i < count; i += lanes) {
         const V<T> y = activated<T, kind>(load(g + i), u ? u + i : nullptr, spec);
         if (i + lanes <= count) {
-          store(out + i, y);
+          store_as(out + i, y);
         } else {
-          for (int64_t l = 0; i + l < count; ++l) out[i + l] = y[l];
+          for (int64_t l = 0; i + l < count; ++l) from_compute(out[i + l], y[l]);
         }
       }
     });
@@ -124,10 +125,11 @@ void activate_rows(T* a, int64_t lda, T* gate, T* up, int64_t ldc, int64_t m, in
 }
 
 // Turned rows, column by column.
-template <class T>
-void activate_turned(const Panels<T>& a, const Product<T>& gate, const Product<T>* up,
-                     int64_t turned, int64_t i0, int64_t i1, const ActivationSpec& spec,
-                     const T* bias, void* kept, Dtype dtype, int64_t stride) {
+template <class L, class T = LaneSum<L>>
+void activate_turned(const Panels<L>& a, int64_t intermediate, const Product<T>& gate,
+                     const Product<T>* up, int64_t turned, int64_t i0, int64_t i1,
+                     const ActivationSpec& spec, const T* bias, void* kept, Dtype dtype,
+                     int64_t stride) {
   constexpr int64_t lanes = Simd<T>::lanes;
   const int64_t ld = gate.ld;
   const auto turn_back = [&](const Product<T>& from, int64_t i, int64_t r, T(&rows)[lanes][lanes]) {
@@ -138,7 +140,7 @@ void activate_turned(const Panels<T>& a, const Product<T>& gate, const Product<T
     for (int64_t j = 0; j < lanes; ++j) store(rows[j], v[j]);
   };
   for (int64_t i = i0; bias && i < i1; ++i) {
-    const Columns at = columns_of(spec, i, a.cols);
+    const Columns at = columns_of(spec, i, intermediate);
     for (int64_t r = 0; r < ld; ++r) gate.data[(i - i0) * ld + r] += bias[at.gate];
     for (int64_t r = 0; up && r < ld; ++r) up->data[(i - i0) * ld + r] += bias[at.up];
   }
@@ -149,39 +151,46 @@ void activate_turned(const Panels<T>& a, const Product<T>& gate, const Product<T
       if (up) turn_back(*up, i, r, u);
       for (int64_t j = 0; j < std::min(lanes, turned - r); ++j) {
         keep(static_cast<char*>(kept) + (r + j) * stride * size_of(dtype), dtype,
-             columns_of(spec, i, a.cols), g[j], up ? u[j] : nullptr, std::min(lanes, i1 - i));
+             columns_of(spec, i, intermediate), g[j], up ? u[j] : nullptr, std::min(lanes, i1 - i));
       }
     }
   }
   with_activation(spec.phi, [&](auto kind) {
     a.for_each([&](int64_t first, int64_t width, int64_t) {
-      for (int64_t i = i0; i < i1; ++i) {
-        const int64_t from = (i - i0) * ld + first * lanes;
-        T* to = a.at(first, width, i);
+      for (int64_t i = i0; i < i1; i += kElements<L>) {
+        L* to = a.at(first, width, i / kElements<L>);
         for (int64_t j = 0; j < width * lanes; j += lanes) {
-          store(to + j, activated<T, kind>(load(gate.data + from + j),
-                                           up ? up->data + from + j : nullptr, spec));
+          const auto column = [&](int64_t c) {
+            const int64_t from = (c - i0) * ld + first * lanes + j;
+            return activated<T, kind>(load(gate.data + from), up ? up->data + from : nullptr, spec);
+          };
+          if constexpr (kElements<L> == 1) {
+            store(to + j, column(i));
+          } else {
+            store(to + j, round_pairs(column(i), i + 1 < i1 ? column(i + 1) : V<T>{}));
+          }
         }
       }
     });
   });
 }
 
-template <class T>
-void activate_block(T* a, T* gate, T* up, int64_t m, int64_t turned, int64_t i0, int64_t i1,
+template <class P, class T = Sum<P>>
+void activate_block(P* a, T* gate, T* up, int64_t m, int64_t turned, int64_t i0, int64_t i1,
                     int64_t intermediate, const ActivationSpec& spec, const T* bias, void* kept,
                     Dtype dtype, int64_t stride) {
-  const Panels<T> panels(a, turned, intermediate);
+  const Panels<Lane<P>> panels = panels_of(a, turned, intermediate);
   const Product<T> g(gate, turned, i1 - i0), u(up, turned, i1 - i0);
-  activate_turned(panels, g, up ? &u : nullptr, turned, i0, i1, spec, bias, kept, dtype, stride);
-  activate_rows(panels.others(), padded<T>(intermediate), g.others, up ? u.others : nullptr,
-                padded<T>(i1 - i0), m - turned, i0, i1, intermediate, spec, bias,
-                kept ? static_cast<char*>(kept) + turned * stride * size_of(dtype) : nullptr, dtype,
-                stride);
+  activate_turned(panels, intermediate, g, up ? &u : nullptr, turned, i0, i1, spec, bias, kept,
+                  dtype, stride);
+  activate_rows(reinterpret_cast<P*>(panels.others()), padded<P>(intermediate), g.others,
+                up ? u.others : nullptr, padded<T>(i1 - i0), m - turned, i0, i1, intermediate, spec,
+                bias, kept ? static_cast<char*>(kept) + turned * stride * size_of(dtype) : nullptr,
+                dtype, stride);
 }
 
-template <class T>
-void activate_backward(T* dh, int64_t ld_dh, T* wa, int64_t ld_wa, T* score, const T* da,
+template <class P, class T = Sum<P>>
+void activate_backward(P* dh, int64_t ld_dh, P* wa, int64_t ld_wa, T* score, const T* da,
                        int64_t ld_da, const void* h, Dtype dtype, int64_t stride, const T* weight,
                        int64_t m, int64_t i0, int64_t i1, int64_t intermediate,
                        const ActivationSpec& spec) {
@@ -237,11 +246,11 @@ void activate_backward(T* dh, int64_t ld_dh, T* wa, int64_t ld_wa, T* score, con
       for (int l = 0; l < lanes; ++l) sum += inner[l];
       score[r] += sum;
     }
-    T *to = dh + r * ld_dh, *activated = wa + r * ld_wa;
-    std::copy(scaled, scaled + count, activated + i0);
-    for (int64_t i = 0; i < count; ++i) to[at.gate + i * at.step] = dg[i];
+    P *to = dh + r * ld_dh, *activated = wa + r * ld_wa;
+    convert_out(activated + i0, scaled, count);
+    for (int64_t i = 0; i < count; ++i) from_compute(to[at.gate + i * at.step], dg[i]);
     if (spec.gated) {
-      for (int64_t i = 0; i < count; ++i) to[at.up + i * at.step] = du[i];
+      for (int64_t i = 0; i < count; ++i) from_compute(to[at.up + i * at.step], du[i]);
     }
     if (i1 == intermediate) {
       zero_padding(to, width);

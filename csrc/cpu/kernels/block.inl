@@ -9,21 +9,23 @@ constexpr int64_t kDepthChunk = 1024;  // panels of that depth stay in a core's 
 // How many of m rows are turned over: all but a few that would have a vector to themselves. Of
 // weights that need a conversion, tiles read what a panel would first have to copy: there it takes
 // more rows.
-template <class T>
+template <class P>
 int64_t turned_rows(int64_t m, Dtype weights) {
-  constexpr int64_t lanes = Simd<T>::lanes, few = lanes / 4;
-  const bool converts = size_of(weights) != sizeof(T);
+  constexpr int64_t lanes = Simd<Lane<P>>::lanes, few = lanes / 4;
+  const bool converts = size_of(weights) != sizeof(P);
   const int64_t as_they_are = converts ? std::min<int64_t>(lanes, 2 * kTallTileNT) : 3 * few;
   return m <= as_they_are ? 0 : std::min(m, (m + lanes - 1 - few) / lanes * lanes);
 }
 
-template <class T>
+// L is what a lane holds, so a column is one of pairs where operands are bf16.
+template <class L>
 struct Panels {
-  T* data;
+  static constexpr int64_t lanes = Simd<std::remove_const_t<L>>::lanes;
+  L* data;
   int64_t vectors, cols;
 
-  Panels(T* block, int64_t turned, int64_t cols)
-      : data(block), vectors((turned + Simd<T>::lanes - 1) / Simd<T>::lanes), cols(cols) {}
+  Panels(L* block, int64_t turned, int64_t cols)
+      : data(block), vectors((turned + lanes - 1) / lanes), cols(cols) {}
 
   // body(first vector, width, number)
   template <class Body>
@@ -31,13 +33,17 @@ struct Panels {
     for_even_tiles(vectors, kPanelVectors, body);
   }
   // Column k of the panel; the next column is width vectors further, up to the chunk's end.
-  T* at(int64_t first, int64_t width, int64_t k) const {
-    constexpr int64_t lanes = Simd<T>::lanes;
+  L* at(int64_t first, int64_t width, int64_t k) const {
     const int64_t k0 = k / kDepthChunk * kDepthChunk, depth = std::min(kDepthChunk, cols - k0);
     return data + (k0 * vectors + depth * first + (k - k0) * width) * lanes;
   }
-  T* others() const { return data + vectors * Simd<T>::lanes * padded<T>(cols); }
+  L* others() const { return data + vectors * lanes * padded<L>(cols); }
 };
+
+template <class P>
+Panels<Lane<P>> panels_of(P* block, int64_t turned, int64_t cols) {
+  return {reinterpret_cast<Lane<P>*>(block), turned, lanes_of<Lane<P>>(cols)};
+}
 
 // A product is written with one panel of all its rows: column n begins n * ld elements on.
 template <class T>
@@ -50,11 +56,12 @@ struct Product {
       : data(block), ld(round_up(turned, Simd<T>::lanes)), others(block + ld * padded<T>(cols)) {}
 };
 
-template <class T>
-void load_block(T* block, Rows src, int64_t m, int64_t turned, int64_t cols) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  const Panels<T> panels(block, turned, cols);
-  with_storage<T>(src.dtype, [&](auto stored) {
+template <class P>
+void load_block(P* block, Rows src, int64_t m, int64_t turned, int64_t cols) {
+  using L = Lane<P>;
+  constexpr int64_t lanes = Simd<L>::lanes, elements = kElements<L>;
+  const Panels<L> panels = panels_of(block, turned, cols);
+  with_storage<P>(src.dtype, [&](auto stored) {
     using S = decltype(stored);
     const auto row = [&](int64_t r) {
       return static_cast<const S*>(src.data) + (src.index ? src.index[r] : r) * src.stride;
@@ -64,26 +71,27 @@ void load_block(T* block, Rows src, int64_t m, int64_t turned, int64_t cols) {
         const int64_t r0 = (first + j) * lanes, height = std::min(lanes, turned - r0);
         const S* from[lanes];
         for (int64_t i = 0; i < lanes; ++i) from[i] = row(r0 + std::min(i, height - 1));
-        for (int64_t k = 0; k < cols; k += lanes) {
-          const int64_t count = std::min(lanes, cols - k);
-          V<T> v[lanes];
+        for (int64_t k = 0; k < panels.cols; k += lanes) {
+          const int64_t count = std::min(lanes, panels.cols - k);
+          const int64_t filled = std::min(lanes * elements, cols - k * elements);
+          V<L> v[lanes];
           for (int64_t i = 0; i < lanes; ++i) {
-            if (count == lanes) {
-              v[i] = load_as<T>(from[i] + k);
+            if (filled == lanes * elements) {
+              v[i] = load_lanes<L>(from[i] + k * elements);
             } else {
-              T part[lanes] = {};
-              convert_in(part, from[i] + k, count);
-              v[i] = load(part);
+              P part[lanes * elements] = {};
+              convert_in(part, from[i] + k * elements, filled);
+              v[i] = load(reinterpret_cast<const L*>(part));
             }
           }
-          transpose_square<T>(v);
-          T* to = panels.at(first, width, k) + j * lanes;
+          transpose_square<L>(v);
+          L* to = panels.at(first, width, k) + j * lanes;
           for (int64_t i = 0; i < count; ++i) store(to + i * width * lanes, v[i]);
         }
       }
     });
   });
-  load_rows<T>(panels.others(), rows_from(src, turned), m - turned, cols);
+  load_rows(reinterpret_cast<P*>(panels.others()), rows_from(src, turned), m - turned, cols);
 }
 
 // row[0..count) = a product's row plus bias, rounded.

@@ -1,6 +1,6 @@
-// Matrix products of blocks, cut into register tiles (tiles.inl). Every k runs upwards in
-// chunks, so a sum has the same bits whichever rows and columns lie beside it, as long as
-// the same kind of tile takes it.
+// Matrix products of blocks, cut into register tiles (tiles.inl), whose k counts lanes (of
+// pairs, where operands are bf16). Every k runs upwards in chunks, so a sum has the same bits
+// whichever rows and columns lie beside it, as long as the same kind of tile takes it.
 
 constexpr int64_t kDepthChunkNN = 128;
 
@@ -8,12 +8,17 @@ constexpr int64_t kDepthChunkNN = 128;
 
 // Turned rows come as `panels` and go to `product`; `others` rows come as a, and go to
 // product.others.
-template <class T, class S>
-void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const T>& panels, const T* a,
-               int64_t lda, int64_t others, Weight w, int64_t k, int64_t n0, int64_t n1,
-               T* scratch) {
-  constexpr int64_t lanes = Simd<T>::lanes, one = sizeof(S), line = kPadBytes / one;
-  const int64_t copy_stride = padded<T>(std::min(k, kDepthChunk));
+template <class L, class S, class T = LaneSum<L>>
+void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const L>& panels, const L* a,
+               int64_t lda, int64_t others, Weight w, int64_t elements, int64_t n0, int64_t n1,
+               L* scratch) {
+  // What tiles find where weights lie: the lanes of operands, or what they convert to lanes.
+  using InPlace = std::conditional_t<kElements<L> == 2, L, S>;
+  constexpr bool same = __is_same(InPlace, L);
+  constexpr int64_t lanes = Simd<L>::lanes, one = sizeof(InPlace), line = kPadBytes / one;
+  const int64_t k = lanes_of<L>(elements), copy_stride = padded<L>(std::min(k, kDepthChunk));
+  const bool whole_lanes = w.stride_n % kElements<L> == 0;
+  const int64_t stride_n = w.stride_n / kElements<L>;
   const bool turned = panels.vectors > 0;
   // Of few rows memory is the limit: they read weights where they lie, in one or two tall tiles,
   // and to the rows' ends before other rows begin.
@@ -28,23 +33,26 @@ void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const T>& pa
       const int64_t depth = std::min(deepest, k - k0), whole = round_up(depth, lanes);
       const bool adds = k0 > 0;
       for (int64_t n = begin, end = std::min(begin + span, n1); n < end; n += kOctet) {
-        const int64_t count = std::min<int64_t>(kOctet, n1 - n), stride_n = w.stride_n;
-        const S* source = static_cast<const S*>(w.data) + n * stride_n + k0;
-        const S* after = source + kOctet * stride_n;
+        const int64_t count = std::min<int64_t>(kOctet, n1 - n);
+        const S* from = static_cast<const S*>(w.data) + n * w.stride_n + k0 * kElements<L>;
+        const InPlace* source = reinterpret_cast<const InPlace*>(from);
+        const InPlace* after = source + kOctet * stride_n;
         if (few) after = k0 + depth < k ? source + depth : after - k0;
         const char* next = reinterpret_cast<const char*>(after);
-        // Whole weights of T, or any for tiles that convert as they read, are taken from where
-        // they lie; others through a converted copy, padded with zeros.
-        constexpr bool same = __is_same(S, T);
-        const bool in_place = count == kOctet && whole == depth && (same || few);
+        // Whole lanes of operands, or any for tiles that convert as they read, are taken from
+        // where they lie; others through a converted copy, padded with zeros.
+        const int64_t filled = std::min(depth * kElements<L>, elements - k0 * kElements<L>);
+        const bool in_place =
+            count == kOctet && filled == whole * kElements<L> && whole_lanes && (same || few);
         if (!in_place) {
           for (int64_t r = 0; r < kOctet; ++r) {
-            const int64_t filled = r < count ? depth : 0;
-            if (filled) convert_in(scratch + r * copy_stride, source + r * stride_n, depth);
-            std::fill(scratch + r * copy_stride + filled, scratch + r * copy_stride + whole, T(0));
+            auto* copy = reinterpret_cast<Element<L>*>(scratch + r * copy_stride);
+            const int64_t columns = r < count ? filled : 0;
+            if (columns) convert_in(copy, from + r * w.stride_n, columns);
+            std::fill(copy + columns, copy + whole * kElements<L>, Element<L>());
           }
         }
-        const T* weight = same && in_place ? reinterpret_cast<const T*>(source) : scratch;
+        const L* weight = same && in_place ? reinterpret_cast<const L*>(source) : scratch;
         const int64_t stride = same && in_place ? stride_n : copy_stride;
         panels.for_each([&](int64_t first, int64_t width, int64_t tile) {
           with_height<kPanelVectors>(width, [&](auto v) {
@@ -54,7 +62,7 @@ void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const T>& pa
               const Prefetch ahead =
                   tile == 0 ? Prefetch{next_rows, stride_n * one, at_once, at_once * one}
                             : Prefetch{next, 0, 0, 0};
-              panel_tile<T, at_once, v>(product.data + (n - n0 + r) * product.ld + first * lanes,
+              panel_tile<L, at_once, v>(product.data + (n - n0 + r) * product.ld + first * lanes,
                                         product.ld, adds, weight + r * stride, stride,
                                         panels.at(first, width, k0), depth, ahead);
             }
@@ -62,13 +70,13 @@ void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const T>& pa
         });
         for_even_tiles(others, tallest, [&](int64_t row, int64_t height, int64_t tile) {
           const Prefetch ahead = {next, stride_n * one, kOctet, lanes * one};
-          const T* rows = a + row * lda + k0;
+          const L* rows = a + row * lda + k0;
           T* to = product.others + row * ldc + (n - n0);
           const auto take = [&](auto h, auto prefetches) {
             if (in_place) {
-              nt_tile<T, h, prefetches>(to, ldc, adds, rows, lda, source, stride_n, whole, ahead);
+              nt_tile<L, h, prefetches>(to, ldc, adds, rows, lda, source, stride_n, whole, ahead);
             } else {
-              nt_tile<T, h, prefetches>(to, ldc, adds, rows, lda, weight, stride, whole, ahead);
+              nt_tile<L, h, prefetches>(to, ldc, adds, rows, lda, weight, stride, whole, ahead);
             }
           };
           with_height<kTallTileNT>(height, [&](auto h) {
@@ -86,16 +94,16 @@ void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const T>& pa
 // ---- c = a W^T, W's columns along k
 
 // Reads W where it lies; cols are whole pairs of vectors.
-template <class T, class S>
-void wide_tiles(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, int64_t m, const S* w,
+template <class L, class S, class T = LaneSum<L>>
+void wide_tiles(T* c, int64_t ldc, bool accumulate, const L* a, int64_t lda, int64_t m, const S* w,
                 int64_t stride_k, int64_t k, int64_t cols) {
-  constexpr int64_t lanes = Simd<T>::lanes;
+  constexpr int64_t lanes = Simd<L>::lanes;
   for_even_tiles(m, kTileWide, [&](int64_t row, int64_t height, int64_t) {
     with_height<kTileWide>(height, [&](auto h) {
       constexpr int64_t wide = kTileNN / h * 2 * lanes;
       for (int64_t n = 0; n < cols;) {
         const auto take = [&](auto vectors) {
-          wide_tile<T, h, vectors>(c + row * ldc + n, ldc, accumulate, a + row * lda, lda, w + n,
+          wide_tile<L, h, vectors>(c + row * ldc + n, ldc, accumulate, a + row * lda, lda, w + n,
                                    stride_k, k);
           n += vectors * lanes;
         };
@@ -126,56 +134,76 @@ void long_tiles(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, int
   });
 }
 
-template <class T, class S>
-void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0,
-               int64_t n1, T* scratch) {
-  constexpr int64_t width = 2 * Simd<T>::lanes, line = kPadBytes / sizeof(S);
+// Rows of lanes i0.. of weights across k, as panels `width` lanes wide, one after the other; a row
+// past the last element of k counts as zero.
+template <class L, class S>
+void pack_panels(L* panels, int64_t panel_size, const S* from, Weight w, int64_t elements,
+                 int64_t cols) {
+  constexpr int64_t width = 2 * Simd<L>::lanes, each = kElements<L>;
+  for (int64_t i = 0; i < lanes_of<L>(elements); ++i) {
+    const S* row = from + i * each * w.stride_k;
+    for (int64_t n = 0; n < cols; n += width) {
+      const int64_t count = std::min(width, cols - n);
+      L* to = panels + n / width * panel_size + i * width;
+      const S* at = row + n * w.stride_n;
+      if (count == width && w.stride_n == 1 && (i + 1) * each <= elements) {
+        V<L> left, right;
+        load_two<L>(at, w.stride_k, left, right);
+        store(to, left);
+        store(to + width / 2, right);
+        continue;
+      }
+      auto* element = reinterpret_cast<Element<L>*>(to);
+      std::fill(element, element + width * each, Element<L>());
+      for (int64_t e = 0; e < std::min(each, elements - i * each); ++e)
+        for (int64_t j = 0; j < count; ++j)
+          convert_in(element + j * each + e, at + e * w.stride_k + j * w.stride_n, 1);
+    }
+  }
+}
+
+template <class L, class S, class T = LaneSum<L>>
+void matmul_nn(T* c, const L* a, int64_t lda, int64_t m, Weight w, int64_t elements, int64_t n0,
+               int64_t n1, char* scratch) {
+  constexpr int64_t width = 2 * Simd<L>::lanes, line = kPadBytes / sizeof(S), each = kElements<L>;
+  const int64_t k = lanes_of<L>(elements), lane_stride = w.stride_k * each;
   const int64_t ldc = padded<T>(n1 - n0), lines = (n1 - n0 + line - 1) / line;
   for (int64_t k0 = 0; k0 < k; k0 += kDepthChunkNN) {
     const int64_t depth = std::min(kDepthChunkNN, k - k0);
-    const S* source = static_cast<const S*>(w.data) + n0 * w.stride_n + k0 * w.stride_k;
+    const int64_t filled = std::min(depth * each, elements - k0 * each);
+    const S* source = static_cast<const S*>(w.data) + n0 * w.stride_n + k0 * lane_stride;
     // Read by many tiles, weights are better packed, which also converts them once.
-    const bool in_place = m <= 2 * kTileWide || (kManyReadInPlace && __is_same(S, T));
-    if (w.stride_n == 1 && (n1 - n0) % width == 0 && in_place) {
+    const bool in_place = m <= 2 * kTileWide || (kManyReadInPlace && __is_same(S, L));
+    if (w.stride_n == 1 && (n1 - n0) % width == 0 && filled == depth * each && in_place) {
       // Wide tiles take any number of rows; where only few are read in place, long ones do.
       if constexpr (kManyReadInPlace) {
         wide_tiles(c, ldc, k0 > 0, a + k0, lda, m, source, w.stride_k, depth, n1 - n0);
       } else {
-        long_tiles(c, ldc, k0 > 0, a + k0, lda, m, source, w.stride_k, depth, n1 - n0, scratch);
+        long_tiles(c, ldc, k0 > 0, a + k0, lda, m, source, w.stride_k, depth, n1 - n0,
+                   reinterpret_cast<T*>(scratch));
       }
       continue;
     }
     // All panels of these rows at once: W is read along its rows, as memory likes it. A panel has
     // room for a row more, so that panels do not fall into one cache set.
-    for (int64_t i = 0; i < depth; ++i) {
-      for (int64_t n = n0; n < n1; n += width) {
-        const int64_t count = std::min(width, n1 - n);
-        const S* from = source + i * w.stride_k + (n - n0) * w.stride_n;
-        T* row = scratch + (n - n0) * (depth + 1) + i * width;
-        if (count == width && w.stride_n == 1) {
-          convert_in(row, from, width);
-        } else {
-          for (int64_t j = 0; j < width; ++j) {
-            row[j] = j < count ? T(to_compute(from[j * w.stride_n])) : T(0);
-          }
-        }
-      }
-    }
+    L* panels = reinterpret_cast<L*>(scratch);
+    const int64_t panel_size = (depth + 1) * width;
+    pack_panels(panels, panel_size, source, w, filled, n1 - n0);
     // The tiles share out the lines of the rows that come next: the next chunk's, or the
     // first chunk's of the next columns.
-    const S* next = k0 + depth < k ? source + depth * w.stride_k
+    const S* next = k0 + depth < k ? source + depth * lane_stride
                                    : static_cast<const S*>(w.data) + n1 * w.stride_n;
     int64_t turn = 0;
     for (int64_t n = n0; n < n1; n += width) {
       T* column = c + (n - n0);
-      const T* b = scratch + (n - n0) * (depth + 1);
+      const L* b = panels + (n - n0) / width * panel_size;
       for_even_tiles(m, kTileNN, [&](int64_t row, int64_t height, int64_t) {
         const Prefetch ahead = {reinterpret_cast<const char*>(next) + turn++ % lines * kPadBytes, 0,
-                                1, int64_t(w.stride_k * sizeof(S))};
+                                1, int64_t(lane_stride * sizeof(S))};
         T* tile = column + row * ldc;
         const Target<T> to = {tile, ldc, k0 > 0 ? tile : nullptr, ldc, false};
         with_height<kTileNN>(height, [&](auto h) {
-          nn_tile<T, h>(to, a + row * lda + k0, lda, 1, b, width, depth, ahead);
+          nn_tile<L, h>(to, a + row * lda + k0, lda, 1, b, width, depth, ahead);
         });
       });
     }
@@ -184,47 +212,55 @@ void matmul_nn(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, in
 
 // ---- of whole blocks, and of rows as they are
 
-template <class T>
-void matmul_block(T* c, const T* a, int64_t m, int64_t turned, Weight w, int64_t k, int64_t n0,
-                  int64_t n1, T* scratch) {
+template <class P, class T = Sum<P>>
+void matmul_block(T* c, const P* a, int64_t m, int64_t turned, Weight w, int64_t k, int64_t n0,
+                  int64_t n1, Scratch scratch) {
+  using L = Lane<P>;
   if (k == 0) {
     std::fill(c, c + block_size<T>(m, n1 - n0), T(0));
     return;
   }
-  with_storage<T>(w.dtype, [&](auto stored) {
+  const int64_t lda = padded<P>(k) / kElements<L>;
+  with_storage<P>(w.dtype, [&](auto stored) {
     using S = decltype(stored);
     if (w.stride_k == 1) {
-      const Panels<const T> panels(a, turned, k);
-      matmul_nt<T, S>(Product<T>(c, turned, n1 - n0), padded<T>(n1 - n0), panels, panels.others(),
-                      padded<T>(k), m - turned, w, k, n0, n1, scratch);
+      const Panels<const L> panels(reinterpret_cast<const L*>(a), turned, lanes_of<L>(k));
+      matmul_nt<L, S>(Product<T>(c, turned, n1 - n0), padded<T>(n1 - n0), panels, panels.others(),
+                      lda, m - turned, w, k, n0, n1, reinterpret_cast<L*>(scratch.at));
     } else {
-      matmul_nn<T, S>(c, a, padded<T>(k), m, w, k, n0, n1, scratch);
+      matmul_nn<L, S>(c, reinterpret_cast<const L*>(a), lda, m, w, k, n0, n1, scratch.at);
     }
   });
 }
 
-template <class T>
-void matmul(T* c, const T* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0, int64_t n1,
-            T* scratch) {
+template <class P, class T = Sum<P>>
+void matmul(T* c, const P* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0, int64_t n1,
+            Scratch scratch) {
+  using L = Lane<P>;
   if (w.stride_k != 1 && k > 0) {
-    with_storage<T>(w.dtype, [&](auto stored) {
-      matmul_nn<T, decltype(stored)>(c, a, lda, m, w, k, n0, n1, scratch);
+    with_storage<P>(w.dtype, [&](auto stored) {
+      matmul_nn<L, decltype(stored)>(c, reinterpret_cast<const L*>(a), lda / kElements<L>, m, w, k,
+                                     n0, n1, scratch.at);
     });
     return;
   }
-  constexpr Dtype compute = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
-  const int64_t turned = turned_rows<T>(m, w.dtype);
-  T *rows = scratch, *product = rows + block_size<T>(m, k);
-  load_block(rows, {a, compute, lda, nullptr}, m, turned, k);
-  matmul_block(product, rows, m, turned, w, k, n0, n1, product + block_size<T>(m, kMatmulColumns));
-  store_block<T>(c, compute, padded<T>(n1 - n0), product, m, turned, n1 - n0, nullptr);
+  const int64_t turned = turned_rows<P>(m, w.dtype);
+  P* rows = scratch.take<P>(block_size<P>(m, k));
+  T* product = scratch.take<T>(block_size<T>(m, kMatmulColumns));
+  load_block(rows, {a, Operand<P>::dtype, lda, nullptr}, m, turned, k);
+  matmul_block(product, rows, m, turned, w, k, n0, n1, scratch);
+  store_block<T>(c, Operand<T>::dtype, padded<T>(n1 - n0), product, m, turned, n1 - n0, nullptr);
 }
 
-template <class T>
+template <class P, class T = Sum<P>>
 int64_t matmul_scratch(int64_t m, int64_t k) {
-  const int64_t nt = block_size<T>(m, k) + block_size<T>(m, kMatmulColumns) +
-                     kOctet * padded<T>(std::min(k, kDepthChunk));
-  const int64_t nn = kMatmulColumns * std::max<int64_t>(std::min(k, kDepthChunkNN) + 1, kTileWide);
+  using L = Lane<P>;
+  const int64_t lanes = lanes_of<L>(k);
+  const int64_t nt = Scratch::bytes<P>(block_size<P>(m, k)) +
+                     Scratch::bytes<T>(block_size<T>(m, kMatmulColumns)) +
+                     Scratch::bytes<L>(kOctet * padded<L>(std::min(lanes, kDepthChunk)));
+  const int64_t nn = Scratch::bytes<L>(
+      kMatmulColumns * std::max<int64_t>(std::min(lanes, kDepthChunkNN) + 1, kTileWide));
   return std::max(nt, nn);
 }
 
@@ -234,26 +270,61 @@ int64_t matmul_scratch(int64_t m, int64_t k) {
 // each column panel packs its own again.
 constexpr int64_t kRowsKept = 4 * kRowChunk;
 
-template <class T>
-int64_t outer_scratch(int64_t height) {
-  const int64_t width = 2 * Simd<T>::lanes;
-  return kRowChunk * width + kRowsKept * padded<T>(height) + height * width;
+// dst (rows of lanes, ld) = src's rows and columns, converted; pairs are of two rows, an odd last
+// one is paired with zeros. Columns up to `whole` are zero.
+template <class L>
+void load_across(L* dst, int64_t ld, Rows src, int64_t rows, int64_t cols, int64_t whole) {
+  with_storage<Element<L>>(src.dtype, [&](auto stored) {
+    using S = decltype(stored);
+    const auto row = [&](int64_t r) {
+      return static_cast<const S*>(src.data) + (src.index ? src.index[r] : r) * src.stride;
+    };
+    for (int64_t i = 0; i < lanes_of<L>(rows); ++i) {
+      L* to = dst + i * ld;
+      if constexpr (kElements<L> == 1) {
+        convert_in(to, row(i), cols);
+        std::fill(to + cols, to + whole, L());
+      } else {
+        const S *first = row(2 * i), *second = 2 * i + 1 < rows ? row(2 * i + 1) : nullptr;
+        int64_t c = 0;
+        for (constexpr int64_t two = 2 * Simd<L>::lanes; second && c + two <= cols; c += two) {
+          V<L> left, right;
+          load_two<L>(first + c, second - first, left, right);
+          store(to + c, left);
+          store(to + c + two / 2, right);
+        }
+        for (; c < cols; ++c) to[c] = {first[c], second ? second[c] : S()};
+        std::fill(to + cols, to + whole, L());
+      }
+    }
+  });
 }
 
-template <class T>
+template <class P, class T = Sum<P>>
+int64_t outer_scratch(int64_t height) {
+  using L = Lane<P>;
+  constexpr int64_t width = 2 * Simd<L>::lanes;
+  return Scratch::bytes<L>(kRowChunk * width) + Scratch::bytes<L>(kRowsKept * padded<L>(height)) +
+         Scratch::bytes<T>(height * width);
+}
+
+template <class P, class T = Sum<P>>
 void outer(void* out, Dtype dtype, int64_t stride, bool past_caches, Rows p, int64_t m0, int64_t m1,
-           Rows q, int64_t n, int64_t rows, T* scratch) {
-  constexpr int64_t width = 2 * Simd<T>::lanes;
-  const int64_t height = m1 - m0, ld_left = padded<T>(height);
-  T* panel = scratch;                    // a chunk of q's rows, (kRowChunk, width)
-  T* left = panel + kRowChunk * width;   // p's columns m0..m1, (kRowsKept, ld_left)
-  T* sums = left + kRowsKept * ld_left;  // (height, width)
+           Rows q, int64_t n, int64_t rows, Scratch scratch) {
+  using L = Lane<P>;
+  constexpr int64_t width = 2 * Simd<L>::lanes;
+  const int64_t height = m1 - m0, ld_left = padded<L>(height);
+  L* panel = scratch.take<L>(kRowChunk * width);   // a chunk of q's rows, (kRowChunk, width)
+  L* left = scratch.take<L>(kRowsKept * ld_left);  // p's columns m0..m1, (kRowsKept, ld_left)
+  T* sums = scratch.take<T>(height * width);       // (height, width)
   const int64_t chunks = (rows + kRowChunk - 1) / kRowChunk;
   const bool keeps_left = rows <= kRowsKept;
   p.data = static_cast<const char*>(p.data) + m0 * size_of(p.dtype);
 
   for (int64_t n0 = 0; n0 < n; n0 += width) {
     const int64_t count = std::min(width, n - n0);
+    Rows right = q;
+    right.data = static_cast<const char*>(q.data) + n0 * size_of(q.dtype);
     // The last chunk's tiles write where they may: into out itself when it takes whole
     // tiles of T.
     const bool direct = rows > 0 && count == width && size_of(dtype) == sizeof(T);
@@ -264,18 +335,13 @@ void outer(void* out, Dtype dtype, int64_t stride, bool past_caches, Rows p, int
             0;
     if (rows == 0) std::fill(sums, sums + height * width, T(0));
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t r0 = rows * chunk / chunks, r1 = rows * (chunk + 1) / chunks, depth = r1 - r0;
-      with_storage<T>(q.dtype, [&](auto stored) {
-        using S = decltype(stored);
-        for (int64_t r = 0; r < depth; ++r) {
-          const int64_t from = q.index ? q.index[r0 + r] : r0 + r;
-          convert_in(panel + r * width, static_cast<const S*>(q.data) + from * q.stride + n0,
-                     count);
-          std::fill(panel + r * width + count, panel + (r + 1) * width, T(0));
-        }
-      });
-      T* columns = keeps_left ? left + r0 * ld_left : left;
-      if (n0 == 0 || !keeps_left) load_rows<T>(columns, rows_from(p, r0), depth, height);
+      const int64_t r0 = rows * chunk / chunks, r1 = rows * (chunk + 1) / chunks;
+      const int64_t depth = lanes_of<L>(r1 - r0);
+      load_across(panel, width, rows_from(right, r0), r1 - r0, count, width);
+      L* columns = keeps_left ? left + r0 * ld_left : left;
+      if (n0 == 0 || !keeps_left) {
+        load_across(columns, ld_left, rows_from(p, r0), r1 - r0, height, height);
+      }
       const bool last = direct && chunk + 1 == chunks;
       for_even_tiles(height, kTileNN, [&](int64_t m, int64_t count_m, int64_t) {
         T* sum = sums + m * width;
@@ -284,7 +350,7 @@ void outer(void* out, Dtype dtype, int64_t stride, bool past_caches, Rows p, int
                                   : Target<T>{sum, width, before, width, false};
         const Prefetch nothing = {reinterpret_cast<const char*>(panel), 0, 0, 0};
         with_height<kTileNN>(count_m, [&](auto h) {
-          nn_tile<T, h>(to, columns + m, 1, ld_left, panel, width, depth, nothing);
+          nn_tile<L, h>(to, columns + m, 1, ld_left, panel, width, depth, nothing);
         });
       });
     }

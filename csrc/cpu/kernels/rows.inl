@@ -1,14 +1,14 @@
 // Rows in and out of scratch memory, and the sums over a token's or an expert's rows.
 
-template <class T>
-void load_rows(T* dst, Rows src, int64_t rows, int64_t cols) {
-  const int64_t ld = padded<T>(cols), whole = round_up(cols, kPadBytes / sizeof(T));
-  with_storage<T>(src.dtype, [&](auto stored) {
+template <class P>
+void load_rows(P* dst, Rows src, int64_t rows, int64_t cols) {
+  const int64_t ld = padded<P>(cols), whole = round_up(cols, kPadBytes / sizeof(P));
+  with_storage<P>(src.dtype, [&](auto stored) {
     using S = decltype(stored);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t from = src.index ? src.index[r] : r;
       convert_in(dst + r * ld, static_cast<const S*>(src.data) + from * src.stride, cols);
-      std::fill(dst + r * ld + cols, dst + r * ld + whole, T(0));
+      std::fill(dst + r * ld + cols, dst + r * ld + whole, P());
     }
   });
 }

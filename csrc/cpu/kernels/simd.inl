@@ -13,19 +13,15 @@ using std::int64_t;
 #define MOE_KEEP_IN_REGISTER(v) asm("" : "+w"(v))
 #endif
 
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-
 // Calls body with a value of the type that `dtype` is stored as. Only double is
-// computed in double, and nothing else is, so half of the pairs never occur.
+// computed in double, and nothing else is, and bf16 is an operand of its own tensors
+// alone, so half of the pairs never occur.
 template <class T, class Body>
 inline void with_storage(Dtype dtype, Body body) {
   if constexpr (sizeof(T) == 8) {
     body(double());
+  } else if constexpr (__is_same(T, bf16)) {
+    body(bf16());
   } else if (dtype == Dtype::f32) {
     body(float());
   } else if (dtype == Dtype::bf16) {
@@ -35,11 +31,38 @@ inline void with_storage(Dtype dtype, Body body) {
   }
 }
 
+// What one lane of a vector holds of an operand: an element, or two bf16 that follow each other
+// along k. May lie at any address that a bf16 may have.
+struct __attribute__((may_alias)) bf16_pair {
+  bf16 first, second;
+};
+template <class P>
+using Lane = std::conditional_t<std::is_same_v<P, bf16>, bf16_pair, P>;
+// The lanes that hold k elements; the last one's second element may be a zero.
+template <class L>
+constexpr int64_t kElements = std::is_same_v<L, bf16_pair> ? 2 : 1;
+template <class L>
+constexpr int64_t lanes_of(int64_t k) {
+  return (k + kElements<L> - 1) / kElements<L>;
+}
+template <class L>
+using Element = std::conditional_t<std::is_same_v<L, bf16_pair>, bf16, L>;
+// What products of lanes are added up in.
+template <class L>
+using LaneSum = std::conditional_t<std::is_same_v<L, double>, double, float>;
+
 template <class T>
 struct Simd {
   static constexpr int lanes = MOE_VECTOR_BYTES / sizeof(T);
   typedef T V __attribute__((vector_size(MOE_VECTOR_BYTES)));
   typedef T Unaligned __attribute__((vector_size(MOE_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+};
+template <>
+struct Simd<bf16_pair> {
+  static constexpr int lanes = MOE_VECTOR_BYTES / 4;
+  typedef int32_t V __attribute__((vector_size(MOE_VECTOR_BYTES)));
+  typedef int32_t Unaligned
+      __attribute__((vector_size(MOE_VECTOR_BYTES), aligned(sizeof(bf16)), may_alias));
 };
 template <class T>
 using V = typename Simd<T>::V;
@@ -73,6 +96,24 @@ template <class T>
 MOE_INLINE V<T> splat(T s) {
   return s - V<T>{};
 }
+
+MOE_INLINE V<bf16_pair> splat(bf16_pair s) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &s, 4);
+  return bits - V<bf16_pair>{};
+}
+
+// sum + x w, lane by lane.
+template <class X, class S>
+MOE_INLINE S multiply_add(X x, X w, S sum) {
+  return sum + x * w;
+}
+#ifdef MOE_MULTIPLIES_BF16
+// Both products of a lane. Subnormal numbers count as zero, by the instruction's definition.
+MOE_INLINE V<float> multiply_add(V<bf16_pair> x, V<bf16_pair> w, V<float> sum) {
+  return (V<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+}
+#endif
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -155,11 +196,67 @@ MOE_INLINE V<T> load_as(const S* p) {
   }
 }
 
+// A vector of T to as many elements of P, rounded to nearest even.
+template <class P, class X>
+MOE_INLINE void store_as(P* p, X v) {
+#ifdef MOE_MULTIPLIES_BF16
+  if constexpr (__is_same(P, bf16)) {
+    const __m256i bits = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+  } else
+#endif
+    store(p, v);
+}
+
+// A vector of operands from memory.
+template <class L, class S>
+MOE_INLINE V<L> load_lanes(const S* p) {
+  if constexpr (kElements<L> == 2) {
+    return load(reinterpret_cast<const L*>(p));
+  } else {
+    return load_as<L>(p);
+  }
+}
+
+#ifdef MOE_MULTIPLIES_BF16
+// Lane by lane, both rounded to nearest even.
+MOE_INLINE V<bf16_pair> round_pairs(V<float> first, V<float> second) {
+  const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+  const __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+  return (V<bf16_pair>)_mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+}
+
+// The columns of two rows as pairs: the first 16 of them, and the others.
+MOE_INLINE void weave(__m512i first, __m512i second, V<bf16_pair>& left, V<bf16_pair>& right) {
+  const __m512i pairs = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i later = _mm512_add_epi16(pairs, _mm512_set1_epi16(16));
+  left = (V<bf16_pair>)_mm512_permutex2var_epi16(first, pairs, second);
+  right = (V<bf16_pair>)_mm512_permutex2var_epi16(first, later, second);
+}
+#endif
+
+// Two vectors' columns of a row of lanes across k, which for pairs is two rows of p, `stride`
+// elements apart.
+template <class L, class S>
+MOE_INLINE void load_two(const S* p, int64_t stride, V<L>& left, V<L>& right) {
+  if constexpr (kElements<L> == 2) {
+    weave(_mm512_loadu_si512(p), _mm512_loadu_si512(p + stride), left, right);
+  } else {
+    left = load_as<L>(p);
+    right = load_as<L>(p + Simd<L>::lanes);
+  }
+}
+
 template <class T, class S>
 inline void convert_in(T* dst, const S* src, int64_t n) {
-  int64_t i = 0;
-  for (; i + Simd<T>::lanes <= n; i += Simd<T>::lanes) store(dst + i, load_as<T>(src + i));
-  for (; i < n; ++i) dst[i] = to_compute(src[i]);
+  if constexpr (__is_same(T, bf16)) {
+    std::copy(src, src + n, dst);
+  } else {
+    int64_t i = 0;
+    for (; i + Simd<T>::lanes <= n; i += Simd<T>::lanes) store(dst + i, load_as<T>(src + i));
+    for (; i < n; ++i) dst[i] = to_compute(src[i]);
+  }
 }
 
 template <class T, class S>

@@ -1,20 +1,20 @@
 // The table of one instruction set's kernels.
-template <class T>
-constexpr Kernels<T> table(const char* name) {
+template <class P, class T = Sum<P>>
+constexpr Kernels<P> table(const char* name) {
   return {name,
-          turned_rows<T>,
-          load_block<T>,
+          turned_rows<P>,
+          load_block<P>,
           store_block<T>,
-          matmul_block<T>,
+          matmul_block<P>,
           unweave<T>,
-          activate_block<T>,
-          load_rows<T>,
+          activate_block<P>,
+          load_rows<P>,
           store_rows<T>,
-          matmul<T>,
-          matmul_scratch<T>,
-          outer<T>,
-          outer_scratch<T>,
-          activate_backward<T>,
+          matmul<P>,
+          matmul_scratch<P>,
+          outer<P>,
+          outer_scratch<P>,
+          activate_backward<P>,
           combine<T>,
           sum_rows<T>,
           dot<T>};

@@ -1,5 +1,8 @@
 // The register tiles that do all the work of a matrix product:
 //
+// L is what a lane of their operands holds; `k` and the operands' strides count lanes, but for
+// weights across k, whose rows are single elements of k.
+//
 //   panel_tile  c^T (R, N vectors) += w (R, K) p (K, N vectors): w's elements are broadcast
 //               from where they lie; the panel p is rows of a, turned over.
 //   nt_tile     c (M, 8) += a (M, K) w (8, K)^T, both read along k: lane l of a vector sums
@@ -94,13 +97,13 @@ constexpr int64_t kDepthPanelSum = 384;
 
 // The rows ahead are R or none; while the tile walks along its R-th part of k, it prefetches one
 // of them.
-template <class T, int R, int N>
-void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, const T* panel,
+template <class L, int R, int N, class T = LaneSum<L>>
+void panel_tile(T* c, int64_t ldc, bool accumulate, const L* w, int64_t ldw, const L* panel,
                 int64_t k, Prefetch ahead) {
-  constexpr int lanes = Simd<T>::lanes;
+  constexpr int lanes = Simd<L>::lanes;
   // Every third row has a pointer of its own, the others are one or two strides from it:
   // addresses that need no more registers than there are.
-  const T *w0 = w, *w3 = w + 3 * ldw, *w6 = w + 6 * ldw;
+  const L *w0 = w, *w3 = w + 3 * ldw, *w6 = w + 6 * ldw;
   // A line is requested once: requests under way take the places that other misses need.
   const int64_t within_line = ahead.step > 0 ? kPadBytes / ahead.step - 1 : -1;
   int64_t parts = R;  // that one sum covers
@@ -116,13 +119,13 @@ void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, con
       for (const int64_t end = k * (part + 1) / R; i < end; ++i) {
         if ((i & within_line) == 0) __builtin_prefetch(next, 0, 2);
         next += ahead.step;
-        V<T> x[N];
+        V<L> x[N];
         for (int j = 0; j < N; ++j) x[j] = load(panel + j * lanes);
         panel += N * lanes;
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const V<T> weight = splat(((r < 3 ? w0 : r < 6 ? w3 : w6) + r % 3 * ldw)[i]);
-          for (int j = 0; j < N; ++j) sum[r][j] += x[j] * weight;
+          const V<L> weight = splat(((r < 3 ? w0 : r < 6 ? w3 : w6) + r % 3 * ldw)[i]);
+          for (int j = 0; j < N; ++j) sum[r][j] = multiply_add(x[j], weight, sum[r][j]);
         }
       }
     }
@@ -138,10 +141,10 @@ void panel_tile(T* c, int64_t ldc, bool accumulate, const T* w, int64_t ldw, con
 }
 
 // A function of its own: conversions of many tiles in one function took each other's registers.
-template <class T, int M, bool Prefetches, class S>
-__attribute__((noinline)) void nt_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda,
+template <class L, int M, bool Prefetches, class S, class T = LaneSum<L>>
+__attribute__((noinline)) void nt_tile(T* c, int64_t ldc, bool accumulate, const L* a, int64_t lda,
                                        const S* w, int64_t ldw, int64_t k, Prefetch ahead) {
-  constexpr int lanes = Simd<T>::lanes, at_once = rows_at_once(M, kWeightRowsNT);
+  constexpr int lanes = Simd<L>::lanes, at_once = rows_at_once(M, kWeightRowsNT);
   // The rows ahead come side by side, or one after the other.
   const bool side_by_side = ahead.row_stride > kShortRow;
   const int64_t apart = side_by_side ? ahead.row_stride : ahead.step;
@@ -160,28 +163,30 @@ __attribute__((noinline)) void nt_tile(T* c, int64_t ldc, bool accumulate, const
         __builtin_prefetch(next + r * apart, 0, 2);
       next += along;
       const auto weight_of = [&](int r) {
-        V<T> weight = load_as<T>((r < 3 ? w0 : r < 6 ? w3 : w6) + r % 3 * ldw);
+        V<L> weight = load_as<L>((r < 3 ? w0 : r < 6 ? w3 : w6) + r % 3 * ldw);
         if (M > 1) MOE_KEEP_IN_REGISTER(weight);
         return weight;
       };
       // The shorter side is held in registers while the longer one passes.
       if constexpr (M > at_once) {
-        V<T> weight[at_once];
+        V<L> weight[at_once];
 #pragma GCC unroll 8
         for (int r = 0; r < at_once; ++r) weight[r] = weight_of(r);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-          V<T> x = load(a + m * lda + i);
+          V<L> x = load(a + m * lda + i);
           MOE_KEEP_IN_REGISTER(x);
-          for (int r = 0; r < at_once; ++r) sum[m][first + r] += x * weight[r];
+          for (int r = 0; r < at_once; ++r)
+            sum[m][first + r] = multiply_add(x, weight[r], sum[m][first + r]);
         }
       } else {
-        V<T> x[M];
+        V<L> x[M];
         for (int m = 0; m < M; ++m) x[m] = load(a + m * lda + i);
 #pragma GCC unroll 8
         for (int r = 0; r < at_once; ++r) {
-          const V<T> weight = weight_of(r);
-          for (int m = 0; m < M; ++m) sum[m][first + r] += x[m] * weight;
+          const V<L> weight = weight_of(r);
+          for (int m = 0; m < M; ++m)
+            sum[m][first + r] = multiply_add(x[m], weight, sum[m][first + r]);
         }
       }
       w0 += lanes, w3 += lanes, w6 += lanes;
@@ -203,10 +208,10 @@ struct Target {
   bool past_caches;
 };
 
-template <class T, int M>
-void nn_tile(Target<T> to, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, int64_t k,
+template <class L, int M, class T = LaneSum<L>>
+void nn_tile(Target<T> to, const L* a, int64_t am, int64_t ak, const L* b, int64_t ldb, int64_t k,
              Prefetch ahead) {
-  constexpr int lanes = Simd<T>::lanes;
+  constexpr int lanes = Simd<L>::lanes;
   V<T> sum[M][2];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = V<T>{};
@@ -214,13 +219,13 @@ void nn_tile(Target<T> to, const T* a, int64_t am, int64_t ak, const T* b, int64
   for (int64_t i = 0; i < k; ++i) {
     __builtin_prefetch(ahead.at, 0, 2);
     ahead.at += ahead.step;
-    const V<T> left = load(b), right = load(b + lanes);
+    const V<L> left = load(b), right = load(b + lanes);
     b += ldb;
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const V<T> x = splat(a[m * am]);
-      sum[m][0] += x * left;
-      sum[m][1] += x * right;
+      const V<L> x = splat(a[m * am]);
+      sum[m][0] = multiply_add(x, left, sum[m][0]);
+      sum[m][1] = multiply_add(x, right, sum[m][1]);
     }
     a += ak;
   }
@@ -243,10 +248,10 @@ void nn_tile(Target<T> to, const T* a, int64_t am, int64_t ak, const T* b, int64
 }
 
 // As wide as registers allow: what lies far apart in memory is best read in long pieces.
-template <class T, int M, int N, class S>
-void wide_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, const S* w,
+template <class L, int M, int N, class S, class T = LaneSum<L>>
+void wide_tile(T* c, int64_t ldc, bool accumulate, const L* a, int64_t lda, const S* w,
                int64_t stride_k, int64_t k) {
-  constexpr int lanes = Simd<T>::lanes, line = kPadBytes / sizeof(S), rows_ahead = 8;
+  constexpr int lanes = Simd<L>::lanes, line = kPadBytes / sizeof(S), rows_ahead = 8;
   V<T> sum[M][N];
 #pragma GCC unroll 24
   for (int j = 0; j < N; ++j)
@@ -254,15 +259,20 @@ void wide_tile(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, cons
   for (int64_t i = 0; i < k; ++i) {
 #pragma GCC unroll 24
     for (int j = 0; j < N * lanes; j += line)
-      __builtin_prefetch(w + rows_ahead * stride_k + j, 0, 2);
-    V<T> x[M];
+      for (int e = 0; e < kElements<L>; ++e)
+        __builtin_prefetch(w + (rows_ahead + e) * stride_k + j, 0, 2);
+    V<L> x[M];
     for (int m = 0; m < M; ++m) x[m] = splat(a[m * lda + i]);
 #pragma GCC unroll 24
-    for (int j = 0; j < N; ++j) {
-      const V<T> weight = load_as<T>(w + j * lanes);
-      for (int m = 0; m < M; ++m) sum[m][j] += x[m] * weight;
+    for (int j = 0; j < N; j += 2) {
+      V<L> left, right;
+      load_two<L>(w + j * lanes, stride_k, left, right);
+      for (int m = 0; m < M; ++m) {
+        sum[m][j] = multiply_add(x[m], left, sum[m][j]);
+        sum[m][j + 1] = multiply_add(x[m], right, sum[m][j + 1]);
+      }
     }
-    w += stride_k;
+    w += kElements<L> * stride_k;
   }
 #pragma GCC unroll 24
   for (int j = 0; j < N; ++j) {
@@ -290,7 +300,7 @@ void long_tile(T* c, int64_t ldc, bool accumulate, T* sums, bool first, bool las
     for (int r = 0; r < Rows; ++r) {
       __builtin_prefetch(w + (Rows + r) * stride_k + n, 0, 2);
       const V<T> weight = load_as<T>(w + r * stride_k + n);
-      for (int m = 0; m < M; ++m) sum[m] += x[m][r] * weight;
+      for (int m = 0; m < M; ++m) sum[m] = multiply_add(x[m][r], weight, sum[m]);
     }
     for (int m = 0; m < M; ++m) {
       T* at = c + m * ldc + n;

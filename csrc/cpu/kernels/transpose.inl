@@ -38,6 +38,13 @@ MOE_INLINE void transpose_square<float>(V<float> (&v)[16]) {
     v[12 + j] = (V<float>)_mm512_shuffle_f32x4(odd, odd_high, 0xDD);
   }
 }
+template <>
+MOE_INLINE void transpose_square<bf16_pair>(V<bf16_pair> (&v)[16]) {
+  V<float> bits[16];
+  for (int i = 0; i < 16; ++i) bits[i] = (V<float>)v[i];
+  transpose_square<float>(bits);
+  for (int i = 0; i < 16; ++i) v[i] = (V<bf16_pair>)bits[i];
+}
 #elif MOE_VECTOR_BYTES == 32
 template <>
 MOE_INLINE void transpose_square<float>(V<float> (&v)[8]) {

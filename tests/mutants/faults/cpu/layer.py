@@ -15,8 +15,8 @@ fault(
 )
 fault(
     "a sequence's capacity comes from the whole batch",
-    "tokens, num_sequences = shape[-2], math.prod(shape[:-2])",
-    "tokens, num_sequences = math.prod(shape[:-1]), math.prod(shape[:-2])",
+    "tokens, num_sequences = shape[-2], max(",
+    "tokens, num_sequences = math.prod(shape[:-1]), max(",
     "tests/test_moe.py::test_every_option_as_written_out",
 )
 fault(
@@ -29,8 +29,8 @@ fault(
 fault = faults("moe_ext/routing.py")
 fault(
     "capacity is rounded down",
-    "capacity = -(-(tokens * self.numerator) // self.denominator)",
-    "capacity = tokens * self.numerator // self.denominator",
+    "capacity = -(-(tokens * numerator * top_k) // denominator)",
+    "capacity = tokens * numerator * top_k // denominator",
     "tests/test_moe.py::test_capacity",
 )
 fault(
@@ -41,9 +41,65 @@ fault(
 )
 fault(
     "the selection bias is not used",
-    "selection_bias=self.e_score_correction_bias",
+    "selection_bias=self.float32_bias()",
     "selection_bias=None",
     "tests/test_transformers.py::test_deepseek_v3_bias_changes_the_choice",
+)
+
+# ---- inference in one op ---------------------------------------------------------------------
+
+fault = faults("moe_ext/inference.py", "tests/test_moe_infer.py")
+fault(
+    "a layer in training is taken for inference",
+    "if layer.training or BACKEND",
+    "if BACKEND",
+)
+fault(
+    "forward hooks are passed over",
+    'own["_forward_hooks"]\n        or ',
+    "",
+)
+fault(
+    "a forward of its own is passed over",
+    """        or "forward" in own\n""",
+    "",
+)
+fault(
+    "frozen experts are enough to need no gradient",
+    "functional._needs_gradient(x, *tensors)",
+    "functional._needs_gradient(x, *tensors[3:])",
+)
+fault(
+    "autocast is passed over",
+    " or torch.is_autocast_enabled(x.device.type)",
+    "",
+)
+fault(
+    "batch invariance is forgotten",
+    "functional._batch_invariant,",
+    "False,",
+)
+fault(
+    "tensor subclasses are passed over",
+    "if tensor is not None and type(tensor) not in _PLAIN",
+    "if False",
+)
+
+fault = faults("csrc/moe_infer.cpp", "tests/test_moe_infer.py")
+fault(
+    "the gate's bias is not used",
+    "router_logits.call(tokens, gate_weight, gate_bias)",
+    "router_logits.call(tokens, gate_weight, std::nullopt)",
+)
+fault(
+    "statistics count padding",
+    "assignment_row, mask, score_function",
+    "assignment_row, std::nullopt, score_function",
+)
+fault(
+    "a float64 router's weights go to the experts as they are",
+    "if (x.scalar_type() != at::kDouble) weights",
+    "if (false) weights",
 )
 
 # ---- losses ----------------------------------------------------------------------------------
@@ -71,8 +127,8 @@ fault(
 )
 fault(
     "the z-loss counts padding",
-    "torch.where(present, logsumexp, 0.0)",
-    "logsumexp",
+    "logits.logsumexp(-1).masked_fill(padding_mask, 0)",
+    "logits.logsumexp(-1)",
 )
 
 # ---- statistics ------------------------------------------------------------------------------

@@ -28,14 +28,7 @@
 namespace moe_ext::cpu {
 namespace with_bf16 {
 
-constexpr int kTallTileNT = 6, kTileNT = 3, kTileNN = 12, kTileWide = 6;
-constexpr int kPanelVectors = 3, kTileSums = 24;
-constexpr int kWeightRowsNT = 4;
-constexpr int64_t kShortRow = 0;
-constexpr int kDepthUnroll = 1;
-constexpr bool kManyReadInPlace = true;
-
-#include "all.inl"
+#include "avx512.inl"
 
 }  // namespace with_bf16
 

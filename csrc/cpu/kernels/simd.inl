@@ -38,15 +38,15 @@ struct __attribute__((may_alias)) bf16_pair {
 };
 template <class P>
 using Lane = std::conditional_t<std::is_same_v<P, bf16>, bf16_pair, P>;
-// The lanes that hold k elements; the last one's second element may be a zero.
 template <class L>
-constexpr int64_t kElements = std::is_same_v<L, bf16_pair> ? 2 : 1;
+using Element = std::conditional_t<std::is_same_v<L, bf16_pair>, bf16, L>;
+template <class L>
+constexpr int64_t kElements = sizeof(L) / sizeof(Element<L>);
+// The lanes that hold k elements; an odd last one is paired with a zero.
 template <class L>
 constexpr int64_t lanes_of(int64_t k) {
   return (k + kElements<L> - 1) / kElements<L>;
 }
-template <class L>
-using Element = std::conditional_t<std::is_same_v<L, bf16_pair>, bf16, L>;
 // What products of lanes are added up in.
 template <class L>
 using LaneSum = std::conditional_t<std::is_same_v<L, double>, double, float>;
@@ -236,8 +236,8 @@ MOE_INLINE void weave(__m512i first, __m512i second, V<bf16_pair>& left, V<bf16_
 }
 #endif
 
-// Two vectors' columns of a row of lanes across k, which for pairs is two rows of p, `stride`
-// elements apart.
+// Two vectors of lanes from weights across k: of the row at p, or of pairs, from that row and the
+// next, `stride` elements on.
 template <class L, class S>
 MOE_INLINE void load_two(const S* p, int64_t stride, V<L>& left, V<L>& right) {
   if constexpr (kElements<L> == 2) {

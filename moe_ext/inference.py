@@ -27,7 +27,7 @@ def operands(layer, x):
     # Options that the op does not have.
     if layer.renormalize_after_drop or gate.input_dtype is not None:
         return None
-    # Somebody watches the modules or the ops, or put something in their place.
+    # Hooks watch the modules, modes the ops; or another module stands in their place.
     if _has_any_global_hook() or torch._C._len_torch_dispatch_stack():
         return None
     if not (_runs_alone(gate, Router) and _runs_alone(experts, Experts)):
@@ -46,8 +46,8 @@ def operands(layer, x):
 
 
 def _runs_alone(module, cls):
-    """Whether calling the module runs cls.forward and nothing else. Whoever parametrizes or
-    shards a module changes its class; quantisation and adapters put another in its place."""
+    """Whether calling the module runs cls.forward and nothing else. To parametrize or to
+    shard a module changes its class; quantisation and adapters put another in its place."""
     own = vars(module)
     return type(module) is cls and not (
         own["_forward_hooks"]

@@ -135,3 +135,18 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def inferences(monkeypatch):
+    """How often layers took moe_infer, as a list that grows."""
+    from moe_ext import inference
+
+    taken, moe_infer = [], inference.moe_infer
+
+    def counted(*args):
+        taken.append(args)
+        return moe_infer(*args)
+
+    monkeypatch.setattr(inference, "moe_infer", counted)
+    return taken

@@ -1,5 +1,7 @@
 """What the tests of `MoE` share: layers of unit scale, their options, one training step, closeness."""
 
+import copy
+
 import torch
 from hypothesis import strategies as st
 
@@ -104,3 +106,14 @@ def assert_step_matches(layer, x, padding_mask=None):
     assert_close(y, expected)
     for name, gradient in gradients.items():
         assert_close(gradient, expected_gradients[name], 1e-10), name
+
+
+def through_modules(layer):
+    """A copy that calls its modules in inference too: the gate has a hook."""
+    twin = copy.deepcopy(layer)
+    twin.gate.register_forward_hook(lambda *_: None)
+    return twin
+
+
+def statistics(layer):
+    return {name: t for name, t in vars(layer._stats).items() if t is not None}

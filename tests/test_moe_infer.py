@@ -1,23 +1,15 @@
-"""moe_infer: a layer's inference in one op. Same bits as its modules, and only where they add nothing."""
+"""moe_infer: a layer's inference in one op, with the bits and statistics of its modules."""
 
 import copy
-import functools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.nn.modules import module as nn_module
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import moe_ext
-from ffn_operator import Recorder
-from layer_suite import E, H, make, options
-from moe_ext import inference
-from moe_ext.routing import Router
+from layer_suite import E, H, make, options, statistics, through_modules
 from oracle import DTYPES, HAS_OPS, bits_equal, several_runs, unit
 
 pytestmark = pytest.mark.skipif(not HAS_OPS, reason="the reference registers no ops")
@@ -39,30 +31,6 @@ SYSTEMS = {
     ),
     "switch": dict(activation="relu", eval_capacity_factor=0.5, min_capacity=1, drop_policy="probs"),
 }  # fmt: skip
-
-
-def through_modules(layer):
-    """A copy that calls its modules: somebody watches the gate."""
-    twin = copy.deepcopy(layer)
-    twin.gate.register_forward_hook(lambda *_: None)
-    return twin
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often a layer took the op, as a list that grows."""
-    taken, moe_infer = [], inference.moe_infer
-
-    def counted(*args):
-        taken.append(args)
-        return moe_infer(*args)
-
-    monkeypatch.setattr(inference, "moe_infer", counted)
-    return taken
-
-
-def statistics(layer):
-    return {name: t for name, t in vars(layer._stats).items() if t is not None}
 
 
 # ---- the same bits -------------------------------------------------------------------
@@ -91,7 +59,7 @@ def test_any_layer(options, top_k, shape, padded, dtype, seed):
 @pytest.mark.parametrize("tokens", [0, 1, 17])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_published_systems(system, dtype, tokens, calls):
+def test_published_systems(system, dtype, tokens, inferences):
     layer = make(hidden=64, width=48, dtype=dtype, **SYSTEMS[system]).eval()
     twin = through_modules(layer)
     x = unit(tokens, 64, dtype=dtype)
@@ -99,23 +67,23 @@ def test_published_systems(system, dtype, tokens, calls):
     with torch.no_grad():
         for kwargs in (dict(), dict(padding_mask=mask)):
             assert bits_equal(layer(x, **kwargs), twin(x, **kwargs))
-    assert len(calls) == 2
+    assert len(inferences) == 2
     assert bits_equal(statistics(layer), statistics(twin))
     assert layer.stats()["forwards"] == 2
     assert layer.stats()["tokens"] == 2 * tokens - mask.sum()
 
 
-def test_the_gate_has_a_dtype_of_its_own(calls):
+def test_the_gate_has_a_dtype_of_its_own(inferences):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         layer = make(dtype=torch.float16).eval().requires_grad_(False)
         layer.gate.to(dtype)
         x = unit(9, H, dtype=torch.float16)
         assert bits_equal(layer(x), through_modules(layer)(x))
-    assert len(calls) == 3
+    assert len(inferences) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batch_invariance(dtype, calls):
+def test_batch_invariance(dtype, inferences):
     layer = make(hidden=64, width=48, dtype=dtype).eval().requires_grad_(False)
     twin = through_modules(layer)
     x = unit(100, 64, dtype=dtype)  # enough of them for another order of the sums
@@ -123,7 +91,7 @@ def test_batch_invariance(dtype, calls):
         for rows in (x, x[:1], x[3:5], x[:17]):
             assert bits_equal(layer(rows), twin(rows))
             assert bits_equal(layer(rows)[:1], layer(rows[:1]))
-    assert len(calls) == 12
+    assert len(inferences) == 12
 
 
 def test_the_same_bits_in_every_run(set_threads):
@@ -138,7 +106,7 @@ def test_the_same_bits_in_every_run(set_threads):
 
 
 @pytest.mark.parametrize("shared", [0, 6])
-def test_strides_and_leading_dimensions(shared, calls):
+def test_strides_and_leading_dimensions(shared, inferences):
     layer = make(
         capacity_scope="sequence", eval_capacity_factor=0.6, min_capacity=1,
         shared_expert_intermediate_size=shared,
@@ -154,268 +122,56 @@ def test_strides_and_leading_dimensions(shared, calls):
             for x in (deep[0], deep[0].reshape(-1, H)):
                 assert bits_equal(layer(x), twin(x))
         assert bits_equal(layer(deep, padding_mask=mask[None]), twin(deep, padding_mask=mask[None]))
-    assert len(calls) == 7 and bits_equal(statistics(layer), statistics(twin))
-
-
-# ---- when it is taken ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "mode", [torch.no_grad, torch.inference_mode, "frozen", "set_grad_enabled"]
-)
-def test_taken_where_no_gradient_is_needed(mode, calls):
-    layer = make(shared_expert_intermediate_size=6).eval()
-    x = unit(4, H, dtype=torch.float64)
-    expected = through_modules(layer)(x)
-    if mode == "frozen":
-        layer.gate.requires_grad_(False), layer.experts.requires_grad_(False)
-        y = layer(x)
-        assert y.requires_grad  # of the shared experts
-    else:
-        mode = functools.partial(torch.set_grad_enabled, False) if isinstance(mode, str) else mode
-        with mode():
-            y = layer(x)
-    assert len(calls) == 1 and bits_equal(y.detach().clone(), expected.detach())
-
-
-def test_gradients_in_eval(calls):
-    layer = make().eval()
-    x = unit(5, H, dtype=torch.float64)
-
-    def gradients(layer, x):
-        y = layer(x)
-        wanted = [t for t in (x, *layer.parameters()) if t.requires_grad]
-        return y.detach(), torch.autograd.grad(y.square().sum(), wanted)
-
-    for prepare in (
-        lambda layer: x.clone().requires_grad_(),
-        lambda layer: x,
-        lambda layer: layer.experts.requires_grad_(False) and x,
-        lambda layer: layer.requires_grad_(False) and x.clone().requires_grad_(),
-    ):
-        data = prepare(layer)
-        assert bits_equal(gradients(layer, data), gradients(through_modules(layer), data))
-    assert not calls
-
-
-class Watched(nn.Module):
-    def forward(self, weight):
-        return weight * 2
-
-
-class OtherRouter(Router):
-    pass
-
-
-def watch(register):
-    """register(layer, hook) -> a handle; how often the hook was called is counted."""
-
-    def change(layer):
-        seen = []
-        handle = register(layer, lambda *_: seen.append(1))
-        return handle.remove, lambda: bool(seen)
-
-    return change
-
-
-def instead(change):
-    """change(layer), which nobody undoes."""
-    return lambda layer: (lambda: None, lambda: change(layer) or True)
-
-
-def forward_of_its_own(layer):
-    """As accelerate puts a hook on a module."""
-    seen, forward = [], layer.experts.forward
-    layer.experts.forward = lambda *args: seen.append(1) or forward(*args)
-    return lambda: None, lambda: bool(seen)
-
-
-def parametrized(layer):
-    parametrize.register_parametrization(layer.gate, "weight", Watched())
-    return lambda: None, lambda: True
-
-
-def another_class(layer):
-    layer.gate.__class__ = OtherRouter
-    return lambda: None, lambda: True
-
-
-def compiled_gate(layer):
-    layer.gate.compile(backend="eager")
-    return torch._dynamo.reset, lambda: layer.gate._compiled_call_impl is not None
-
-
-class Tagged(torch.Tensor):
-    """A tensor with ways of its own, like a DTensor or a quantised one."""
-
-
-def subclass(layer):
-    del layer.experts.down_proj
-    layer.experts.down_proj = make().experts.down_proj.detach().as_subclass(Tagged)
-    return lambda: None, lambda: True
-
-
-WATCHERS = {
-    "forward hook on the gate": watch(lambda m, hook: m.gate.register_forward_hook(hook)),
-    "forward hook on the experts": watch(lambda m, hook: m.experts.register_forward_hook(hook)),
-    "pre-hook on the gate": watch(lambda m, hook: m.gate.register_forward_pre_hook(hook)),
-    "pre-hook on the experts": watch(lambda m, hook: m.experts.register_forward_pre_hook(hook)),
-    "global hook": watch(lambda _, hook: nn_module.register_module_forward_hook(hook)),
-    "global pre-hook": watch(lambda _, hook: nn_module.register_module_forward_pre_hook(hook)),
-    "forward of its own": forward_of_its_own,
-    "parametrization": parametrized,
-    "another class": another_class,
-    "compiled gate": compiled_gate,
-    "tensor subclass": subclass,
-}
-
-
-@pytest.mark.parametrize("watcher", WATCHERS)
-def test_whoever_watches_the_modules_is_called(watcher, calls):
-    layer = make().eval().requires_grad_(False)
-    x = unit(4, H, dtype=torch.float64)
-    layer(x)
-    assert len(calls) == 1
-    undo, was_called = WATCHERS[watcher](layer)
-    try:
-        y = layer(x)
-    finally:
-        undo()
-    assert was_called() and len(calls) == 1
-    if watcher not in ("parametrization", "tensor subclass"):
-        assert bits_equal(y.as_subclass(torch.Tensor), make_like(layer)(x))
-
-
-def make_like(layer):
-    """A layer of the same parameters that nobody watches."""
-    fresh = make().eval().requires_grad_(False)
-    fresh.load_state_dict(layer.state_dict())
-    return fresh
-
-
-def test_backward_hooks_are_called(calls):
-    layer, seen = make().eval(), []
-    handle = layer.experts.register_full_backward_hook(lambda *_: seen.append(1))
-    x = unit(4, H, dtype=torch.float64)
-    with torch.no_grad():
-        layer(x)
-    layer(x).sum().backward()
-    assert seen and not calls
-    handle.remove()
-    with torch.no_grad():
-        layer(x)
-    assert len(calls) == 1
-
-
-def test_hooks_around_the_layer_and_on_its_shared_experts(calls):
-    layer, seen = make(shared_expert_intermediate_size=6).eval().requires_grad_(False), []
-    layer.register_forward_hook(lambda *_: seen.append("layer"))
-    layer.shared_experts.register_forward_hook(lambda *_: seen.append("shared"))
-    layer(unit(4, H, dtype=torch.float64))
-    assert seen == ["shared", "layer"] and len(calls) == 1
-
-
-def test_dispatch_modes_see_the_stages(calls):
-    layer = make().eval().requires_grad_(False)
-    x = unit(4, H, dtype=torch.float64)
-    with Recorder() as recorder:
-        layer(x)
-    names = [func.name() for func, _ in recorder.calls]
-    assert "moe_ext::router_logits" in names and "moe_ext::moe_forward" in names
-    with FlopCounterMode(display=False):
-        layer(x)
-    assert not calls
-
-
-@pytest.mark.parametrize(
-    "options", [dict(router_dtype=torch.float32), dict(renormalize_after_drop=True)]
-)
-def test_options_that_it_has_not(options, calls):
-    layer = make(dtype=torch.bfloat16, eval_capacity_factor=0.6, min_capacity=1, **options).eval()
-    x = unit(9, H, dtype=torch.bfloat16)
-    with torch.no_grad():
-        assert bits_equal(layer(x), through_modules(layer)(x))
-    assert not calls
-
-
-def test_what_only_the_modules_do(calls):
-    """Training, a routing to record or to replay."""
-    layer = make().requires_grad_(False)
-    x = unit(7, H, dtype=torch.float64)
-    layer(x)
-    layer.eval()
-    y, routing = layer(x, return_routing=True)
-    assert bits_equal(layer(x, routing=routing), y)
-    assert not calls
-    assert bits_equal(layer(x), y) and len(calls) == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype, calls):
-    layer = make(dtype=torch.float32).eval()
-    twin = through_modules(layer)
-    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
-        for x in (unit(9, H), unit(9, H, dtype=dtype)):
-            y = layer(x)
-            assert y.dtype == x.dtype and bits_equal(y, twin(x))
-    assert not calls and bits_equal(statistics(layer), statistics(twin))
-
-
-def test_transforms_are_refused():
-    layer = make().eval().requires_grad_(False)
-    x = unit(3, 4, H, dtype=torch.float64)
-    for transformed in (torch.func.vmap(layer), torch.func.grad(lambda x: layer(x).sum())):
-        with pytest.raises(RuntimeError, match="the transforms of torch.func"):
-            transformed(x)
+    assert len(inferences) == 7 and bits_equal(statistics(layer), statistics(twin))
 
 
 # ---- state ---------------------------------------------------------------------------
 
 
-def test_a_copy_counts_for_itself(calls):
+def test_a_copy_counts_for_itself(inferences):
     layer = make().eval().requires_grad_(False)
     x = unit(4, H, dtype=torch.float64)
     layer(x)
     twin = copy.deepcopy(layer)
-    assert bits_equal(twin(x), layer(x)) and len(calls) == 3
+    assert bits_equal(twin(x), layer(x)) and len(inferences) == 3
     assert twin.stats()["forwards"] == layer.stats()["forwards"] == 2
     layer(x)
     assert twin.stats()["forwards"] == 2
 
 
-def test_other_parameters_for_one_call(calls):
+def test_other_parameters_for_one_call(inferences):
     layer, other = make().eval(), make().eval()
     x = unit(4, H, dtype=torch.float64)
     with torch.no_grad():
         y = torch.func.functional_call(layer, dict(other.named_parameters()), (x,))
         assert bits_equal(y, other(x))
-    assert len(calls) == 2
+    assert len(inferences) == 2
 
 
-def test_steps_for_loss_free_balancing_count_in_training_alone(calls):
+def test_steps_for_loss_free_balancing_count_in_training_alone(inferences):
     layer = make(bias_update_rate=0.1).requires_grad_(False)
     x = unit(9, H, dtype=torch.float64)
     layer(x)
     counted = layer._stats.step_counts.clone()
     assert counted.sum() == 18
     layer.eval()(x)
-    assert len(calls) == 1 and torch.equal(layer._stats.step_counts, counted)
+    assert len(inferences) == 1 and torch.equal(layer._stats.step_counts, counted)
 
 
-def test_a_recomputed_forward_counts_once(calls):
+def test_a_recomputed_forward_counts_once(inferences):
     """Reentrant: the first forward pass is without gradient, the second is not."""
     layer, twin = make().eval(), make().eval()
     twin.load_state_dict(layer.state_dict())
     x = unit(6, H, dtype=torch.float64).requires_grad_()
     y = checkpoint(layer, x, use_reentrant=True)
     y.square().sum().backward()
-    assert len(calls) == 1 and layer.stats()["forwards"] == 1
+    assert len(inferences) == 1 and layer.stats()["forwards"] == 1
     expected = twin(x)
     gradient = torch.autograd.grad(expected.square().sum(), x)[0]
     assert bits_equal(y, expected) and bits_equal(x.grad, gradient)
 
 
-def test_nothing_counts_inside_of_a_backward_pass(calls):
+def test_nothing_counts_inside_of_a_backward_pass(inferences):
     layer = make().eval().requires_grad_(False)
 
     class Recompute(torch.autograd.Function):
@@ -430,7 +186,7 @@ def test_nothing_counts_inside_of_a_backward_pass(calls):
 
     x = unit(6, H, dtype=torch.float64).requires_grad_()
     Recompute.apply(x).sum().backward()
-    assert len(calls) == 2 and layer.stats()["forwards"] == 1
+    assert len(inferences) == 2 and layer.stats()["forwards"] == 1
 
 
 # ---- graphs --------------------------------------------------------------------------

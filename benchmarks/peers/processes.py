@@ -20,7 +20,7 @@ class PeerFailed(Exception):
 
 class Process:
     """A worker in an environment. Out of turn it is stopped (SIGSTOP): some peers' threads
-    spin while they wait, and would take the processor from whoever is timed."""
+    spin while they wait, and would take the processor from the one that is timed."""
 
     def __init__(self, venv, threads, patience=300):
         self.patience = patience

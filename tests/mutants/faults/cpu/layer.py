@@ -48,7 +48,7 @@ fault(
 
 # ---- inference in one op ---------------------------------------------------------------------
 
-fault = faults("moe_ext/inference.py", "tests/test_moe_infer.py")
+fault = faults("moe_ext/inference.py", "tests/test_inference.py", "tests/test_moe_infer.py")
 fault(
     "a layer in training is taken for inference",
     "if layer.training or BACKEND",

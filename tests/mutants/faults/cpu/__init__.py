@@ -1,12 +1,13 @@
 """The faults that the suite on the CPU must catch."""
 
-from . import combine, experts, layer, reference, router, scatter, transformers
+from . import bfloat16, combine, experts, layer, reference, router, scatter, transformers
 
 FAULTS = [
     *reference.FAULTS,
     *router.FAULTS,
     *scatter.FAULTS,
     *experts.FAULTS,
+    *bfloat16.FAULTS,
     *combine.FAULTS,
     *layer.FAULTS,
     *transformers.FAULTS,

@@ -66,17 +66,20 @@ void judge(const char* what, double error, double size, const std::string& sizes
   ++failures;
 }
 
-// c = a W^T of rows turned over where they can be, then stored; and of rows as they are.
+// c = a W^T of rows turned over where they can be, then stored; and of rows as they are. W's rows
+// are `apart` elements further from each other than they are long.
 template <class P>
-void products(int64_t m, int64_t n, int64_t k, bool along_k) {
+void products(int64_t m, int64_t n, int64_t k, bool along_k, int64_t apart) {
   using T = Sum<P>;
   const Kernels<P>& kernel = kernels<P>();
   const std::string sizes = std::to_string(m) + " x " + std::to_string(n) + " x " +
-                            std::to_string(k) + (along_k ? "" : ", weights across k");
-  Memory<P> x(m * k), w(n * k);
+                            std::to_string(k) + (along_k ? "" : ", weights across k") +
+                            (apart ? ", apart" : "");
+  const int64_t ld = (along_k ? k : n) + apart;
+  Memory<P> x(m * k), w((along_k ? n : k) * ld - apart);
   x.draw();
   w.draw();
-  const Weight weight = {w.data, Operand<P>::dtype, along_k ? k : 1, along_k ? 1 : n};
+  const Weight weight = {w.data, Operand<P>::dtype, along_k ? ld : 1, along_k ? 1 : ld};
   const int64_t turned = along_k ? kernel.turned_rows(m, weight.dtype) : 0;
   Memory<P> block(block_size<P>(m, k));
   Memory<T> product(block_size<T>(m, n)), stored(m * n), rows(m * padded<T>(n));
@@ -134,8 +137,10 @@ void all() {
     for (int64_t n : {1, 8, 15, 32, 64, 97})
       for (int64_t k : {1, 2, 17, 31, 32, 64, 131, 1025, 2050})
         if (m * n * k < 2000000) {
-          products<P>(m, n, k, true);
-          products<P>(m, n, k, false);
+          for (int64_t apart : {0, 1}) {
+            products<P>(m, n, k, true, apart);
+            products<P>(m, n, k, false, apart);
+          }
         }
   for (int64_t rows : {0, 1, 2, 3, 16, 255, 257, 700, 1030})
     for (int64_t m : {1, 12, 13, 40})

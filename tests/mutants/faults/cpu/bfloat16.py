@@ -46,6 +46,7 @@ fault(
     "rows of weights an odd number of elements apart are read as pairs",
     "const bool whole_lanes = w.stride_n % kElements<L> == 0;",
     "const bool whole_lanes = true;",
+    SANITIZED,
 )
 fault(
     "an odd last pair of weights is read where it lies",

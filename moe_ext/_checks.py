@@ -152,30 +152,38 @@ def check_shared(size, gate):
     return size
 
 
+def autocast_dtype(device_type):
+    """What autocast casts to on such a device, or None; it raises for those it does not know."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 # ---- the arguments of MoE.forward ----------------------------------------------------
 
 
-def check_tokens(x, hidden_size, weight):
-    """x: (..., H) in the dtype of the parameters, or any floating one under autocast."""
-    is_tensor = isinstance(x, torch.Tensor)
-    if (
-        is_tensor
-        and x.dim() >= 2
-        and x.shape[-1] == hidden_size
-        and x.dtype == weight.dtype
-        and x.device == weight.device
-    ):
-        return
-    dtype = str(weight.dtype).removeprefix("torch.")
-    expected = f"{dtype} of shape (..., {hidden_size}), two dimensions or more"
-    if not is_tensor or x.dtype not in FLOATS:
+def check_tokens(x, hidden_size):
+    """x: (..., H), floating and dense; its dtype and device are for those who hold parameters."""
+    expected = f"a floating tensor of shape (..., {hidden_size}), two dimensions or more"
+    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"MoE: x must be {expected}, got {describe(x)}")
     if x.dim() < 2 or x.shape[-1] != hidden_size:
         raise ValueError(f"MoE: x must be {expected}, got {describe(x)}")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"MoE: x must be {expected} (or under autocast), got {describe(x)}")
+
+
+def check_same_device(x, weight):
     if x.device != weight.device:
         raise ValueError(f"MoE: x must be on the parameters' {weight.device}, got {x.device}")
+
+
+def check_same_dtype(x, weight):
+    """x in the dtype of the parameters, or any floating one under autocast."""
+    if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"MoE: x must be {dtype} as the experts' parameters (or under autocast),"
+            f" got {describe(x)}"
+        )
 
 
 def check_mask(op, name, mask, shape=None):

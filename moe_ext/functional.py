@@ -30,6 +30,7 @@ import re
 import torch
 
 from . import reference
+from ._checks import autocast_dtype
 from ._load import BACKEND
 from .types import Plan, Route
 
@@ -62,10 +63,9 @@ def batch_invariant(enabled=True):
 
 def _autocast(x, *others):
     """x and the experts' parameters in autocast's dtype, where autocast is on."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
         return (x, *others)
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
 
 

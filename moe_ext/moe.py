@@ -106,7 +106,8 @@ class MoE(nn.Module):
 
     forward:
         padding_mask: bool, x.shape[:-1], True is padding. Padding takes no capacity,
-            counts in no loss and no statistic, and its output is 0. See also `padding`.
+            counts in no loss and no statistic, its output is 0 and so is its gradient,
+            whatever it holds, NaN too. See also `padding`.
         routing: a recorded `Routing`: its experts and its plan are taken again, the
             weights come from the current logits, with gradient.
         return_routing: return (y, Routing).
@@ -324,6 +325,8 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, self.hidden_size)
         if padding_mask is not None:
             padding_mask = padding_mask.reshape(-1)
+            # It may hold anything, and a gradient of 0 times NaN is NaN.
+            tokens = tokens.masked_fill(padding_mask[:, None], 0)
 
         router_tokens = tokens
         if self.training and self.jitter_eps > 0:

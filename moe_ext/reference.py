@@ -69,6 +69,8 @@ def topk_route(
     group_score="max",
 ):
     logits = logits.to(accumulation_dtype(logits.dtype))
+    if padding_mask is not None:  # may hold NaN, and 0 * NaN is NaN on the way back
+        logits = logits.masked_fill(padding_mask[:, None], 0)
     num_experts = logits.shape[-1]
     scores = scores_of(logits, score_function)
     if experts is None:

@@ -243,3 +243,18 @@ def test_float16_training_without_a_scale_warns_once(autocast, monkeypatch):
             monkeypatch.setattr(losses, "_warned", False)
             moe_ext.set_loss_scale(layer, 1.0)
             layer(x)
+
+
+def test_padding_may_hold_nan():
+    mask = torch.tensor([False, True, False])
+    logits = unit(3, E, dtype=torch.float64)
+    logits[1] = float("nan")
+    logits.requires_grad_()
+    experts = logits.detach().topk(2).indices
+    for loss in (
+        losses.z_loss(logits, mask),
+        losses.load_balancing_loss(logits, experts, padding_mask=mask),
+        losses.load_balancing_loss(logits, experts, padding_mask=mask, score_function="sigmoid"),
+    ):
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient[0].any() and gradient.isfinite().all() and not gradient[1].any()

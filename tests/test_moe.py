@@ -445,3 +445,35 @@ def test_nan_input_is_a_documented_result():
     y, routing = layer(x, return_routing=True)
     assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all()
     assert ((routing.experts >= 0) & (routing.experts < E)).all()
+
+
+@pytest.mark.parametrize("fill", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(capacity_factor=None, gate_bias=True, z_loss_coef=0.01),
+        dict(shared_expert_intermediate_size=8, shared_expert_gate=True, bias=True),
+        dict(score_function="sigmoid", drop_policy="probs", capacity_factor=0.5),
+        dict(score_function="softmax_topk", jitter_eps=0.1, jitter_target="block"),
+        dict(renormalize_after_drop=True, capacity_factor=0.5, capacity_scope="sequence"),
+    ],
+)
+def test_padding_may_hold_anything(fill, options):
+    """Bit for bit the results and gradients that zeros in its place give."""
+    layer = make(dtype=torch.float32, **options)
+    x = unit(3, 9, H)
+    mask = torch.rand(3, 9) < 0.4
+    results = []
+    for value in (fill, 0.0):
+        torch.manual_seed(0)
+        inputs = x.masked_fill(mask[..., None], value).requires_grad_()
+        layer.zero_grad()
+        y, routing = layer(inputs, padding_mask=mask, return_routing=True)
+        y.square().sum().backward()
+        gradients = {name: p.grad for name, p in layer.named_parameters()}
+        results.append((y, inputs.grad, gradients, tuple(routing), layer.stats(reset=True)))
+    assert bits_equal(*results)
+    y, dx, gradients, _, _ = results[0]
+    assert all(g.isfinite().all() for g in gradients.values()) and gradients["gate.weight"].any()
+    assert not y[mask].any() and not dx[mask].any() and dx[~mask].any(-1).all()

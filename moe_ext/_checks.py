@@ -89,16 +89,16 @@ def check_dtype(op, name, value):
 # ---- the options of MoE ------------------------------------------------------------
 
 
-def check_top_k(top_k, num_experts_per_tok, num_experts):
+def one_top_k(top_k, num_experts_per_tok):
     """K from its two names; 2 where neither is given."""
     if top_k is None:
-        top_k = 2 if num_experts_per_tok is None else num_experts_per_tok
-    elif num_experts_per_tok is not None and num_experts_per_tok != top_k:
+        return 2 if num_experts_per_tok is None else num_experts_per_tok
+    if num_experts_per_tok is not None and num_experts_per_tok != top_k:
         raise ValueError(
             "MoE: top_k and num_experts_per_tok are two names of one number, and must be equal,"
             f" got {top_k!r} and {num_experts_per_tok!r}"
         )
-    return check_integer("MoE", "top_k", top_k, maximum=num_experts)
+    return top_k
 
 
 def check_groups(n_group, topk_group, group_score, num_experts, top_k):
@@ -114,6 +114,21 @@ def check_groups(n_group, topk_group, group_score, num_experts, top_k):
             f" groups, got {top_k}"
         )
     return dict(n_group=n_group, topk_group=topk_group, group_score=group_score)
+
+
+def check_routing_options(
+    num_experts, *, top_k, score_function, norm_topk_prob, routed_scaling_factor, **groups
+):
+    """What decides a token's experts and weights, as a dict."""
+    top_k = check_integer("MoE", "top_k", top_k, maximum=num_experts)
+    scale = check_number("MoE", "routed_scaling_factor", routed_scaling_factor, -math.inf)
+    return dict(
+        top_k=top_k,
+        score_function=check_name("MoE", "score_function", score_function, SCORE_FUNCTIONS),
+        norm_topk_prob=check_flag("MoE", "norm_topk_prob", norm_topk_prob),
+        routed_scaling_factor=scale,
+        **check_groups(num_experts=num_experts, top_k=top_k, **groups),
+    )
 
 
 def check_clamp(activation, limit, alpha, up_offset):

@@ -7,29 +7,28 @@ from torch import nn
 
 from . import losses
 from ._checks import (
-    DROP_POLICIES,
-    SCORE_FUNCTIONS,
     check_clamp,
     check_dtype,
     check_flag,
-    check_groups,
     check_integer,
     check_layout,
     check_mask,
-    check_name,
     check_number,
     check_routing,
+    check_routing_options,
     check_shared,
     check_tokens,
-    check_top_k,
+    one_top_k,
 )  # fmt: skip
 from .experts import Experts, SharedExperts
 from .functional import capacity_scatter
 from .masking import current_padding
-from .routing import Capacity, Router, Routing, renormalize_after_drop
+from .options import with_options
+from .routing import Router, Routing, capacity_of, renormalize_after_drop
 from .stats import RoutingStats, home
 
 
+@with_options
 class MoE(nn.Module):
     """A Mixture of Experts in place of a feed-forward network.
 
@@ -170,11 +169,9 @@ class MoE(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        self.hidden_size = check_integer("MoE", "hidden_size", hidden_size)
-        self.intermediate_size = check_integer("MoE", "intermediate_size", intermediate_size)
-        self.num_experts = check_integer("MoE", "num_experts", num_experts)
-        self.top_k = check_top_k(top_k, num_experts_per_tok, num_experts)
-        self.activation = activation
+        size = check_integer("MoE", "hidden_size", hidden_size)
+        width = check_integer("MoE", "intermediate_size", intermediate_size)
+        num_experts = check_integer("MoE", "num_experts", num_experts)
         ffn = dict(
             activation=activation,
             bias=check_flag("MoE", "bias", bias),
@@ -182,60 +179,61 @@ class MoE(nn.Module):
         )
         layout = check_layout(activation, transposed, interleaved)
         shared_size = check_shared(shared_expert_intermediate_size, shared_expert_gate)
-
-        self.score_function = check_name("MoE", "score_function", score_function, SCORE_FUNCTIONS)
-        scale = check_number("MoE", "routed_scaling_factor", routed_scaling_factor, -math.inf)
-        self.bias_update_rate = check_number("MoE", "bias_update_rate", bias_update_rate)
-        router = dict(
+        self._routing = check_routing_options(
+            num_experts,
+            top_k=one_top_k(top_k, num_experts_per_tok),
             score_function=score_function,
-            norm_topk_prob=check_flag("MoE", "norm_topk_prob", norm_topk_prob),
-            routed_scaling_factor=scale,
-            **check_groups(n_group, topk_group, group_score, num_experts, self.top_k),
+            norm_topk_prob=norm_topk_prob,
+            routed_scaling_factor=routed_scaling_factor,
+            n_group=n_group,
+            topk_group=topk_group,
+            group_score=group_score,
+        )
+        balances = check_number("MoE", "bias_update_rate", bias_update_rate) > 0
+        router = dict(
             bias=check_flag("MoE", "gate_bias", gate_bias),
             score_correction_bias=(
-                check_flag("MoE", "score_correction_bias", score_correction_bias)
-                or self.bias_update_rate > 0
+                check_flag("MoE", "score_correction_bias", score_correction_bias) or balances
             ),
             input_dtype=check_dtype("MoE", "router_dtype", router_dtype),
         )
-        self.jitter_eps = check_number("MoE", "jitter_eps", jitter_eps, below=1.0)
-        self.jitter_target = check_name("MoE", "jitter_target", jitter_target, ("router", "block"))
-
-        self.min_capacity = check_integer("MoE", "min_capacity", min_capacity, minimum=0)
+        init_std = check_number("MoE", "init_std", init_std)
+        check_dtype("MoE", "dtype", dtype)
+        vars(self).update(
+            hidden_size=size,
+            intermediate_size=width,
+            num_experts=num_experts,
+            activation=activation,
+            init_std=init_std,
+        )
+        self._capacity_ratios = {}
+        self.jitter_eps = jitter_eps
+        self.jitter_target = jitter_target
+        self.min_capacity = min_capacity
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
-        if expert_capacity is not None:
-            expert_capacity = check_integer("MoE", "expert_capacity", expert_capacity)
         self.expert_capacity = expert_capacity
-        self.capacity_scope = check_name(
-            "MoE", "capacity_scope", capacity_scope, ("batch", "sequence")
-        )
-        self.drop_policy = check_name("MoE", "drop_policy", drop_policy, DROP_POLICIES)
-        self.renormalize_after_drop = check_flag(
-            "MoE", "renormalize_after_drop", renormalize_after_drop
-        )
+        self.capacity_scope = capacity_scope
+        self.drop_policy = drop_policy
+        self.renormalize_after_drop = renormalize_after_drop
+        self.aux_loss_coef = aux_loss_coef
+        self.z_loss_coef = z_loss_coef
+        self.inject_losses = inject_losses
 
-        self.aux_loss_coef = check_number("MoE", "aux_loss_coef", aux_loss_coef)
-        self.z_loss_coef = check_number("MoE", "z_loss_coef", z_loss_coef)
-        self.inject_losses = check_flag("MoE", "inject_losses", inject_losses)
-
-        self.init_std = check_number("MoE", "init_std", init_std)
-        check_dtype("MoE", "dtype", dtype)
-        common = dict(init_std=self.init_std, device=device, dtype=dtype)
-        self.gate = Router(hidden_size, num_experts, self.top_k, **router, **common)
-        self.experts = Experts(
-            hidden_size, intermediate_size, num_experts, **ffn, **layout, **common
-        )
+        common = dict(init_std=init_std, device=device, dtype=dtype)
+        self.gate = Router(size, num_experts, self._routing, **router, **common)
+        self.experts = Experts(size, width, num_experts, **ffn, **layout, **common)
         self.shared_experts = self.shared_expert_gate = None
         if shared_size:
-            self.shared_experts = SharedExperts(hidden_size, shared_size, **ffn, **common)
+            self.shared_experts = SharedExperts(size, shared_size, **ffn, **common)
         if shared_expert_gate:
-            self.shared_expert_gate = nn.Linear(hidden_size, 1, False, device, dtype)
-            nn.init.normal_(self.shared_expert_gate.weight, std=self.init_std)
+            self.shared_expert_gate = nn.Linear(size, 1, False, device, dtype)
+            nn.init.normal_(self.shared_expert_gate.weight, std=init_std)
 
         # Plain tensors, outside of the state_dict; `_move_state` has them follow the tokens.
         device = self.gate.weight.device
-        self._stats = RoutingStats(num_experts, self.bias_update_rate > 0, device)
+        self._stats = RoutingStats(num_experts, balances, device)
+        self.bias_update_rate = bias_update_rate
         self.loss_scale = torch.ones((), dtype=torch.float64, device=home(device))
         self._loss_scale_is_set = False
         self._takes_context_padding = False
@@ -409,8 +407,10 @@ class MoE(nn.Module):
         """
         if self.expert_capacity is not None:
             return torch.sym_min(self.expert_capacity, tokens)
-        factor = self._capacity if self.training else self._eval_capacity
-        return factor(tokens)
+        ratio = self._capacity_ratios[
+            "capacity_factor" if self.training else "eval_capacity_factor"
+        ]
+        return capacity_of(ratio, tokens, self.min_capacity, self.top_k)
 
     def _losses(self, x, route, padding_mask, return_routing):
         """(weights, aux_loss, z_loss); in training the weights carry the losses' gradient."""
@@ -481,30 +481,6 @@ class MoE(nn.Module):
         self._stats.zero_()
         self.loss_scale.fill_(1.0)
         self._loss_scale_is_set = False
-
-    @property
-    def num_experts_per_tok(self):
-        """Another name of `top_k`."""
-        return self.top_k
-
-    @property
-    def capacity_factor(self):
-        return self._capacity.factor
-
-    @capacity_factor.setter
-    def capacity_factor(self, factor):
-        self._capacity = self._make_capacity("capacity_factor", factor)
-
-    @property
-    def eval_capacity_factor(self):
-        return self._eval_capacity.factor
-
-    @eval_capacity_factor.setter
-    def eval_capacity_factor(self, factor):
-        self._eval_capacity = self._make_capacity("eval_capacity_factor", factor)
-
-    def _make_capacity(self, name, factor):
-        return Capacity(name, factor, self.min_capacity, self.top_k, self.num_experts)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

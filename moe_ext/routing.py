@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional
-from ._checks import check_number, check_same_device
+from ._checks import check_integer, check_same_device
 from .types import Plan
 
 
@@ -30,6 +30,7 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """x (T, H) -> logits (T, E) and a `Route` with each token's top_k experts and weights.
 
+    `options`: those of `functional.topk_route`, a dict that it shares with its `MoE`.
     Parameters `weight` (E, H) and `bias` (E) or None. The buffer
     `e_score_correction_bias` (E) is added to the scores for the choice alone, never
     to the weights (DeepSeek-V3); it receives no gradient and stays float32 whatever
@@ -37,12 +38,11 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, hidden_size, num_experts, top_k, *,
+        self, hidden_size, num_experts, options, *,
         bias=False, score_correction_bias=False, input_dtype=None, init_std=0.02,
-        device=None, dtype=None, **options,
+        device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        self.top_k = top_k
         self.input_dtype = input_dtype
         self.init_std = init_std
         self.options = options
@@ -54,6 +54,14 @@ class Router(nn.Module):
             correction = torch.empty(num_experts, device=device, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", correction)
         self.reset_parameters()
+
+    @property
+    def top_k(self):
+        return self.options["top_k"]
+
+    @top_k.setter
+    def top_k(self, top_k):
+        self.options["top_k"] = check_integer("MoE", "top_k", top_k, maximum=len(self.weight))
 
     def reset_parameters(self):
         """The weight from a normal distribution of `init_std`; the biases zero."""
@@ -72,7 +80,7 @@ class Router(nn.Module):
             bias = None if bias is None else bias.to(dtype)
         logits = functional.router_logits(x, weight, bias)
         route = functional.topk_route(
-            logits, self.top_k, selection_bias=self.float32_bias(),
+            logits, selection_bias=self.float32_bias(),
             padding_mask=padding_mask, experts=experts, **self.options,
         )  # fmt: skip
         return logits, route
@@ -102,34 +110,34 @@ class Router(nn.Module):
     def extra_repr(self):
         return ", ".join(
             [
-                f"weight={tuple(self.weight.shape)}, top_k={self.top_k}",
+                f"weight={tuple(self.weight.shape)}",
                 *(f"{name}={value!r}" for name, value in self.options.items()),
             ]
         )
 
 
-class Capacity:
-    """C = min(max(ceil(factor * T * K / E), min_capacity), T), or None: dropless.
+def capacity_ratio(factor, num_experts):
+    """(numerator, denominator) of factor / E, or None: dropless.
 
-    Exact integers, and symbolic ones for torch.compile: the factor is the fraction
-    nearest to it with a denominator of at most a million.
+    The factor is the fraction nearest to it with a denominator of at most a million.
     """
+    if factor is None:
+        return None
+    # A factor of E is no limit already, and keeps the integers small.
+    ratio = Fraction(min(factor, num_experts)).limit_denominator(10**6) / num_experts
+    return ratio.numerator, ratio.denominator
 
-    def __init__(self, name, factor, min_capacity, top_k, num_experts):
-        self.factor = factor
-        self.min_capacity = min_capacity
-        if factor is not None:
-            check_number("MoE", name, factor, positive=True)
-            # A factor of E is no limit already, and keeps the integers small.
-            ratio = Fraction(min(factor, num_experts)).limit_denominator(10**6)
-            ratio = ratio * top_k / num_experts
-            self.numerator, self.denominator = ratio.numerator, ratio.denominator
 
-    def __call__(self, tokens):
-        if self.factor is None:
-            return None
-        capacity = -(-(tokens * self.numerator) // self.denominator)
-        return torch.sym_min(torch.sym_max(capacity, self.min_capacity), tokens)
+def capacity_of(ratio, tokens, min_capacity, top_k):
+    """C = min(max(ceil(ratio * T * K), min_capacity), T), or None: dropless.
+
+    Exact integers, and symbolic ones for torch.compile.
+    """
+    if ratio is None:
+        return None
+    numerator, denominator = ratio
+    capacity = -(-(tokens * numerator * top_k) // denominator)
+    return torch.sym_min(torch.sym_max(capacity, min_capacity), tokens)
 
 
 def renormalize_after_drop(weights, assignment_row):

@@ -55,7 +55,13 @@ class RoutingStats:
         self.counts = zeros(num_experts, torch.int64)
         self.score_sums = zeros(num_experts, torch.float64)
         self.totals = zeros(7, torch.float64)
-        self.step_counts = zeros(num_experts, torch.int64) if with_step_counts else None
+        self.step_counts = None
+        if with_step_counts:
+            self.count_steps()
+
+    def count_steps(self):
+        if self.step_counts is None:
+            self.step_counts = _static(torch.zeros_like(self.counts))
 
     def tensors(self):
         return [t for t in vars(self).values() if t is not None]

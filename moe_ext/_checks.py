@@ -16,7 +16,7 @@ from .reference import ACTIVATIONS, GATES
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "softmax_topk")
-DROP_POLICIES = ("choice", "token", "probs")
+DROP_POLICIES = ("token", "choice", "probs")
 
 
 def describe(value):

@@ -1,6 +1,7 @@
 """The layer: a token's way through the stages."""
 
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -62,7 +63,8 @@ class MoE(nn.Module):
         score_function: "softmax" over the E logits, "sigmoid", or "softmax_topk",
             softmax over the K chosen logits.
         norm_topk_prob: divide a token's K weights by their sum (not for softmax_topk,
-            whose weights sum to 1).
+            whose weights sum to 1). With top_k=1 that makes every weight 1: only the losses
+            train the router then, and a warning says so.
         routed_scaling_factor: a factor on the weights.
         n_group, topk_group, group_score: the experts form n_group groups of neighbours,
             each scored by its best expert ("max") or the sum of its best two
@@ -79,10 +81,11 @@ class MoE(nn.Module):
         expert_capacity: an absolute C, in training and eval, instead of the factors.
         capacity_scope: "batch", or "sequence": x is (..., S, H), C comes from S, and
             every sequence fills the experts by itself (Switch in `transformers`).
-        drop_policy: who stays when an expert is full: "choice": all first choices in
-            token order, then all second ones (GShard); "token": tokens in order;
+        drop_policy: who stays when an expert is full: "token": tokens in order;
+            "choice": all first choices in token order, then all second ones (GShard);
             "probs": the largest weights. "choice" and "probs" let later tokens displace
-            earlier ones, so with a capacity they are not causal.
+            earlier ones: with a capacity the future leaks into a causal language model's
+            training.
         renormalize_after_drop: scale a token's kept weights up to the sum of all of
             them; 0 where all were dropped.
 
@@ -154,7 +157,7 @@ class MoE(nn.Module):
         min_capacity=4,
         expert_capacity=None,
         capacity_scope="batch",
-        drop_policy="choice",
+        drop_policy="token",
         renormalize_after_drop=False,
         aux_loss_coef=0.01,
         z_loss_coef=0.0,
@@ -189,6 +192,13 @@ class MoE(nn.Module):
             topk_group=topk_group,
             group_score=group_score,
         )
+        if self.top_k == 1 < num_experts and (norm_topk_prob or score_function == "softmax_topk"):
+            warnings.warn(
+                "MoE: a single weight that is normalised is always 1, so that with top_k=1 nothing"
+                " but the losses trains the router; norm_topk_prob=False (with score_function"
+                " softmax or sigmoid) takes the score as the weight",
+                stacklevel=2,
+            )
         balances = check_number("MoE", "bias_update_rate", bias_update_rate) > 0
         router = dict(
             bias=check_flag("MoE", "gate_bias", gate_bias),
@@ -245,6 +255,11 @@ class MoE(nn.Module):
         Dropless and with weights that sum to 1, K equal experts add up to the one they
         were copied from, so the layer gives the dense layer's output at the start
         (Komatsuzaki et al. 2022). Shared experts, if any, start with a down_proj of 0.
+
+        With top_k=1 such a weight would be 1 for ever, and the router could not learn. So it
+        is the score itself (norm_topk_prob=False), scaled to 1 where all scores are equal,
+        and the router starts that close to it (logits of 1e-5; in half precision a 16th
+        of the dtype's eps). norm_topk_prob=True keeps the weight at 1.
 
         Args:
             ffn: a module of two linear maps with an activation between them, or of three
@@ -390,7 +405,7 @@ class MoE(nn.Module):
 
     def _plan(self, shape, route, padding_mask):
         if self.capacity_scope == "sequence":
-            tokens, num_sequences = shape[-2], math.prod(shape[:-2])
+            tokens, num_sequences = shape[-2], max(math.prod(shape[:-2]), 1)
         else:
             tokens, num_sequences = math.prod(shape[:-1]), 1
         return capacity_scatter(

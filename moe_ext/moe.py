@@ -246,7 +246,6 @@ class MoE(nn.Module):
         self.bias_update_rate = bias_update_rate
         self.loss_scale = torch.ones((), dtype=torch.float64, device=home(device))
         self._loss_scale_is_set = False
-        self._takes_context_padding = False
 
     @classmethod
     def from_dense(cls, ffn, num_experts=8, top_k=None, **options):
@@ -388,17 +387,7 @@ class MoE(nn.Module):
         if mask is not None:
             check_mask("MoE", "padding_mask", mask, x.shape[:-1])
             return mask
-        mask = current_padding()
-        if not torch.compiler.is_compiling():
-            if mask is not None:
-                self._takes_context_padding = True
-            elif self._takes_context_padding:
-                if torch._C._current_graph_task_id() != -1:
-                    raise RuntimeError(
-                        "MoE: a backward pass recomputes this layer without the padding mask of"
-                        " its forward pass: call backward() inside `with moe_ext.padding(mask)`"
-                    )
-                self._takes_context_padding = False
+        mask = current_padding(self)
         if mask is not None and not (x.dim() == 2 and mask.numel() == x.shape[0]):
             check_mask("MoE", "the mask of moe_ext.padding", mask, x.shape[:-1])
         return mask

@@ -30,6 +30,7 @@ import re
 import torch
 
 from . import reference
+from ._checks import autocast_dtype
 from ._load import BACKEND
 from .types import Plan, Route
 
@@ -62,10 +63,9 @@ def batch_invariant(enabled=True):
 
 def _autocast(x, *others):
     """x and the experts' parameters in autocast's dtype, where autocast is on."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
         return (x, *others)
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
 
 
@@ -143,7 +143,9 @@ def topk_route(
         weights /= sum(weights) + 1e-20                 with norm_topk_prob
         weights *= routed_scaling_factor
 
-    softmax_topk chooses by softmax and weights by softmax over the chosen logits.
+    softmax_topk weights by softmax over the chosen logits, and chooses by the logits: as
+    the softmax orders them, also where it underflows. With a selection_bias, or groups
+    scored by "top2_sum", it chooses by the softmax.
 
     Args:
         logits: (T, E), any floating dtype; scores are float32 (float64 for float64).
@@ -193,7 +195,7 @@ def capacity_scatter(
     *,
     weights=None,
     padding_mask=None,
-    drop_policy="choice",
+    drop_policy="token",
     num_sequences=1,
 ):
     """The plan: which assignment becomes which row, and which are dropped.
@@ -208,9 +210,10 @@ def capacity_scatter(
         capacity: C, the most rows an expert takes (of each sequence); None: no limit.
         weights: (T, K), floating: what drop_policy "probs" goes by; unused otherwise.
         padding_mask: (T,) bool; padding takes no capacity and counts nowhere.
-        drop_policy: who stays in a full expert. "choice": all first choices in token
-            order, then all second ones, ... (GShard); "token": by t*K + j (megablocks);
-            "probs": the largest weights, ties by t*K + j, NaN last.
+        drop_policy: who stays in a full expert. "token": by t*K + j (megablocks), so that
+            no later token matters to an earlier one; "choice": all first choices in token
+            order, then all second ones, ... (GShard); "probs": the largest weights, ties by
+            t*K + j, NaN last.
         num_sequences: the T tokens are so many sequences of equal length, and each fills
             the experts by itself.
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_name, describe
+from ._checks import check_name, describe, one_top_k
 from .moe import MoE
 from .reference import ACTIVATIONS, GATES, gated_activation
 
@@ -55,7 +55,12 @@ class NotDense(ValueError):
 
 def upcycle(ffn, num_experts=8, top_k=None, *, capacity_factor=None, activation=None, **options):
     """See `MoE.from_dense`."""
-    _check_sum_of_weights(options)
+    weighs_by_score = _weighs_by_score(num_experts, top_k, options)
+    if weighs_by_score:
+        equal = 0.5 if options.get("score_function") == "sigmoid" else 1 / num_experts
+        options |= dict(norm_topk_prob=False, routed_scaling_factor=1 / equal)
+    else:
+        _check_sum_of_weights(options)
     dense = read_dense(ffn, activation)
     dropout = [m.p for m in ffn.modules() if isinstance(m, nn.Dropout) and m.p > 0]
     if dropout:
@@ -65,6 +70,10 @@ def upcycle(ffn, num_experts=8, top_k=None, *, capacity_factor=None, activation=
     layer = _layer_for(ffn, dense, num_experts, top_k, capacity_factor=capacity_factor, **options)
     with torch.no_grad():
         _copy_to_experts(dense, layer.experts)
+        if weighs_by_score:
+            weight = layer.gate.weight
+            close = max(1e-5, torch.finfo(weight.dtype).eps / 16)
+            weight.normal_(std=close * weight.shape[1] ** -0.5)
         if layer.shared_experts is not None:
             # They start silent, and learn from there.
             for parameter in layer.shared_experts.down_proj.parameters():
@@ -103,6 +112,16 @@ def _copy_to_experts(dense, experts):
     down[:] = dense.down.weight
     if dense.down.bias is not None:
         down_bias[:] = dense.down.bias
+
+
+def _weighs_by_score(num_experts, top_k, options):
+    """Whether a token's one weight is its score, for the router to learn from."""
+    told = {"norm_topk_prob", "routed_scaling_factor"} & options.keys()
+    return (
+        one_top_k(top_k, options.get("num_experts_per_tok")) == 1 < num_experts
+        and options.get("score_function") != "softmax_topk"
+        and not told
+    )
 
 
 def _check_sum_of_weights(options):

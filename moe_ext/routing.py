@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional
-from ._checks import check_number
+from ._checks import check_integer, check_same_device
 from .types import Plan
 
 
@@ -30,6 +30,7 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """x (T, H) -> logits (T, E) and a `Route` with each token's top_k experts and weights.
 
+    `options`: those of `functional.topk_route`, a dict that it shares with its `MoE`.
     Parameters `weight` (E, H) and `bias` (E) or None. The buffer
     `e_score_correction_bias` (E) is added to the scores for the choice alone, never
     to the weights (DeepSeek-V3); it receives no gradient and stays float32 whatever
@@ -37,12 +38,11 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, hidden_size, num_experts, top_k, *,
+        self, hidden_size, num_experts, options, *,
         bias=False, score_correction_bias=False, input_dtype=None, init_std=0.02,
-        device=None, dtype=None, **options,
+        device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        self.top_k = top_k
         self.input_dtype = input_dtype
         self.init_std = init_std
         self.options = options
@@ -55,6 +55,14 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", correction)
         self.reset_parameters()
 
+    @property
+    def top_k(self):
+        return self.options["top_k"]
+
+    @top_k.setter
+    def top_k(self, top_k):
+        self.options["top_k"] = check_integer("MoE", "top_k", top_k, maximum=len(self.weight))
+
     def reset_parameters(self):
         """The weight from a normal distribution of `init_std`; the biases zero."""
         nn.init.normal_(self.weight, std=self.init_std)
@@ -65,16 +73,24 @@ class Router(nn.Module):
     def forward(self, x, padding_mask=None, experts=None):
         """Logits and `Route`; `experts` (T, K) replays a recorded choice."""
         weight, bias = self.weight, self.bias
+        check_same_device(x, weight)
         dtype = self.input_dtype
         if dtype is not None:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         logits = functional.router_logits(x, weight, bias)
         route = functional.topk_route(
-            logits, self.top_k, selection_bias=self.e_score_correction_bias,
+            logits, selection_bias=self.float32_bias(),
             padding_mask=padding_mask, experts=experts, **self.options,
         )  # fmt: skip
         return logits, route
+
+    def float32_bias(self):
+        """The selection bias, float32 again where something assigned it in another dtype."""
+        bias = self.e_score_correction_bias
+        if bias is not None and bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias = bias.float()
+        return bias
 
     def _apply(self, fn, recurse=True):
         bias = self.e_score_correction_bias
@@ -89,40 +105,39 @@ class Router(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        if self.e_score_correction_bias is not None:  # assign=True takes any dtype
-            self.e_score_correction_bias = self.e_score_correction_bias.float()
+        self.float32_bias()  # assign=True takes any dtype
 
     def extra_repr(self):
         return ", ".join(
             [
-                f"weight={tuple(self.weight.shape)}, top_k={self.top_k}",
+                f"weight={tuple(self.weight.shape)}",
                 *(f"{name}={value!r}" for name, value in self.options.items()),
             ]
         )
 
 
-class Capacity:
-    """C = min(max(ceil(factor * T * K / E), min_capacity), T), or None: dropless.
+def capacity_ratio(factor, num_experts):
+    """(numerator, denominator) of factor / E, or None: dropless.
 
-    Exact integers, and symbolic ones for torch.compile: the factor is the fraction
-    nearest to it with a denominator of at most a million.
+    The factor is the fraction nearest to it with a denominator of at most a million.
     """
+    if factor is None:
+        return None
+    # A factor of E is no limit already, and keeps the integers small.
+    ratio = Fraction(min(factor, num_experts)).limit_denominator(10**6) / num_experts
+    return ratio.numerator, ratio.denominator
 
-    def __init__(self, name, factor, min_capacity, top_k, num_experts):
-        self.factor = factor
-        self.min_capacity = min_capacity
-        if factor is not None:
-            check_number("MoE", name, factor, positive=True)
-            # A factor of E is no limit already, and keeps the integers small.
-            ratio = Fraction(min(factor, num_experts)).limit_denominator(10**6)
-            ratio = ratio * top_k / num_experts
-            self.numerator, self.denominator = ratio.numerator, ratio.denominator
 
-    def __call__(self, tokens):
-        if self.factor is None:
-            return None
-        capacity = -(-(tokens * self.numerator) // self.denominator)
-        return torch.sym_min(torch.sym_max(capacity, self.min_capacity), tokens)
+def capacity_of(ratio, tokens, min_capacity, top_k):
+    """C = min(max(ceil(ratio * T * K), min_capacity), T), or None: dropless.
+
+    Exact integers, and symbolic ones for torch.compile.
+    """
+    if ratio is None:
+        return None
+    numerator, denominator = ratio
+    capacity = -(-(tokens * numerator * top_k) // denominator)
+    return torch.sym_min(torch.sym_max(capacity, min_capacity), tokens)
 
 
 def renormalize_after_drop(weights, assignment_row):
@@ -155,9 +170,16 @@ def update_router_biases(model, process_group=None):
 
     layers = [m for m in model.modules() if isinstance(m, MoE) and m.bias_update_rate > 0]
     move_biases(
-        [(m._stats, m.bias_update_rate, m.gate.e_score_correction_bias) for m in layers],
+        [(m._stats, m.bias_update_rate, selection_bias_of(m.gate)) for m in layers],
         process_group,
     )
+
+
+def selection_bias_of(gate):
+    """The buffer on an `MoE`'s choice, or None, also where other modules (PEFT's, FSDP's) are
+    wrapped around the router."""
+    routers = (m for m in gate.modules() if isinstance(m, Router))
+    return next((m.float32_bias() for m in routers), None)
 
 
 @torch.no_grad()

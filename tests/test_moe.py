@@ -1,6 +1,7 @@
 """MoE against the layer written out token by token: every option, values and gradients."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -327,7 +328,7 @@ def test_batch_invariance(dtype):
         (TypeError, dict(activation=torch.relu), "activation must be one of"),
         (ValueError, dict(score_function="softmin"), "score_function must be one of softmax, sigmoid"),
         (ValueError, dict(group_score="sum"), "group_score must be one of max, top2_sum"),
-        (ValueError, dict(drop_policy="random"), "drop_policy must be one of choice, token, probs"),
+        (ValueError, dict(drop_policy="random"), "drop_policy must be one of token, choice, probs"),
         (ValueError, dict(capacity_scope="token"), "capacity_scope must be one of batch, sequence"),
         (ValueError, dict(jitter_target="all"), "jitter_target must be one of router, block"),
         (ValueError, dict(jitter_eps=1.0), "jitter_eps must be a number of at least 0 and below 1"),
@@ -352,10 +353,9 @@ def test_bad_options(error, options, text):
 @pytest.mark.parametrize(
     "error,arguments,text",
     [
-        (TypeError, lambda x: ([1.0],), r"x must be float64 of shape \(..., 16\)"),
-        (TypeError, lambda x: (x.long(),), r"x must be float64 .* got int64 \(3, 16\)"),
-        (TypeError, lambda x: (x.float(),), r"x must be float64 .* got float32 \(3, 16\)"),
-        (ValueError, lambda x: (x[0],), r"x must be float64 .* two dimensions or more, got float64 \(16,\)"),
+        (TypeError, lambda x: ([1.0],), r"x must be a floating tensor of shape \(..., 16\)"),
+        (TypeError, lambda x: (x.long(),), r"x must be a floating .* got int64 \(3, 16\)"),
+        (ValueError, lambda x: (x[0],), r"x must be .* two dimensions or more, got float64 \(16,\)"),
         (ValueError, lambda x: (x[:, :8],), r"got float64 \(3, 8\)"),
         (ValueError, lambda x: (x.to("meta"),), "x must be on the parameters' cpu, got meta"),
         (TypeError, lambda x: (x, torch.ones(3, dtype=torch.long)), "attention_mask == 0"),
@@ -406,3 +406,75 @@ def test_nan_input_is_a_documented_result():
     y, routing = layer(x, return_routing=True)
     assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all()
     assert ((routing.experts >= 0) & (routing.experts < E)).all()
+
+
+@pytest.mark.parametrize("fill", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(capacity_factor=None, gate_bias=True, z_loss_coef=0.01),
+        dict(shared_expert_intermediate_size=8, shared_expert_gate=True, bias=True),
+        dict(score_function="sigmoid", drop_policy="probs", capacity_factor=0.5),
+        dict(score_function="softmax_topk", jitter_eps=0.1, jitter_target="block"),
+        dict(renormalize_after_drop=True, capacity_factor=0.5, capacity_scope="sequence"),
+    ],
+)
+def test_padding_may_hold_anything(fill, options):
+    """Bit for bit the results and gradients that zeros in its place give."""
+    layer = make(dtype=torch.float32, **options)
+    x = unit(3, 9, H)
+    mask = torch.rand(3, 9) < 0.4
+    results = []
+    for value in (fill, 0.0):
+        torch.manual_seed(0)
+        inputs = x.masked_fill(mask[..., None], value).requires_grad_()
+        layer.zero_grad()
+        y, routing = layer(inputs, padding_mask=mask, return_routing=True)
+        y.square().sum().backward()
+        gradients = {name: p.grad for name, p in layer.named_parameters()}
+        results.append((y, inputs.grad, gradients, tuple(routing), layer.stats(reset=True)))
+    assert bits_equal(*results)
+    y, dx, gradients, _, _ = results[0]
+    assert all(g.isfinite().all() for g in gradients.values()) and gradients["gate.weight"].any()
+    assert not y[mask].any() and not dx[mask].any() and dx[~mask].any(-1).all()
+
+
+@pytest.mark.parametrize(
+    "options,warned",
+    [
+        (dict(top_k=1), True),
+        (dict(num_experts_per_tok=1, score_function="sigmoid"), True),
+        (dict(top_k=1, score_function="softmax_topk", norm_topk_prob=False), True),
+        (dict(top_k=1, norm_topk_prob=False), False),
+        (dict(top_k=1, num_experts=1), False),
+        (dict(top_k=2), False),
+    ],
+)
+def test_a_single_normalised_weight_is_warned_of(options, warned):
+    """With one, the loop's own loss has no gradient for the router."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer = MoE(
+            **dict(hidden_size=H, intermediate_size=8, num_experts=E, aux_loss_coef=0.0) | options
+        )
+    assert [w.filename for w in caught] == [__file__] * warned
+    assert all("top_k=1 nothing but the losses trains the router" in str(w.message) for w in caught)
+    for parameter in layer.parameters():
+        parameter.data.normal_(std=0.3)
+    layer(unit(50, H)).square().sum().backward()
+    learns = layer.gate.weight.grad.norm() > 1e-3
+    assert learns == (not warned and layer.num_experts > 1)
+
+
+def test_the_default_drop_policy_is_causal():
+    """What a token gets does not depend on those after it, however full the experts are."""
+    layer = make(capacity_factor=0.5, min_capacity=0)
+    x = unit(40, H, dtype=torch.float64)
+    y, routing = layer(x, return_routing=True)
+    assert (routing.plan.assignment_row < 0).any()
+    changed = x.clone()
+    changed[30:] = unit(10, H, dtype=torch.float64)
+    assert bits_equal(layer(changed)[:30], y[:30])
+    other = make(seed=0, capacity_factor=0.5, min_capacity=0, drop_policy="choice")
+    assert not bits_equal(other(changed)[:30], other(x)[:30])

@@ -1,6 +1,7 @@
 """Upcycling and replacing: the model computes what it did, under any names of its parts."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -111,7 +112,6 @@ def test_every_arrangement(make_ffn):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(top_k=1),
         dict(top_k=4),
         dict(score_function="sigmoid"),
         dict(score_function="softmax_topk", norm_topk_prob=False),
@@ -125,6 +125,30 @@ def test_every_arrangement(make_ffn):
 def test_every_layout_and_routing(options):
     ffn = Gated(12, 20, bias=True).double()
     assert_same_function(MoE.from_dense(ffn, 4, **options), ffn)
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_expert_a_token_starts_dense_and_can_learn(score_function, dtype):
+    ffn = Gated(12, 20, bias=True).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = MoE.from_dense(
+            ffn, 4, top_k=1, score_function=score_function, aux_loss_coef=0.0, dtype=dtype
+        )
+    assert_same_function(layer, ffn, 1e-4 if dtype == torch.float32 else 1e-2)
+    x = unit(200, 12, dtype=dtype)
+    y, routing = layer.train()(x, return_routing=True)
+    y.square().sum().backward()
+    assert layer.gate.weight.grad.norm() > 0.1
+    assert routing.plan.expert_counts.min() > 10  # the start is no collapse
+
+
+@pytest.mark.filterwarnings("ignore:MoE. a single weight")
+def test_one_expert_a_token_may_be_told_to_weigh_1():
+    ffn = Gated(12, 20, bias=True).double()
+    assert_same_function(MoE.from_dense(ffn, 4, top_k=1, norm_topk_prob=True), ffn)
+    assert_same_function(MoE.from_dense(ffn, 4, top_k=1, score_function="softmax_topk"), ffn)
 
 
 def test_the_dense_layer_stays_as_it_was():

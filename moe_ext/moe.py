@@ -250,14 +250,17 @@ class MoE(nn.Module):
         Args:
             ffn: a module of two linear maps with an activation between them, or of three
                 with a gate (or gate and up in one), under any names: what it computes is
-                found by trying it on a few tokens. Left as it is.
+                found by trying it on a few tokens, with other parameters and without its
+                hooks. Left as it is.
             num_experts, top_k, **options: of `MoE`; capacity_factor is None (dropless)
-                unless given; device, dtype, biases and mode are the FFN's.
+                unless given; device, dtype, biases and mode are the FFN's, and copies of
+                a frozen matrix are frozen.
             activation: (option) tells which one it is instead of trying all.
 
         Raises:
-            TypeError, ValueError: ffn is no such module, or the options do not make a
-                token's weights sum to 1.
+            TypeError, ValueError: ffn is no such module, or on the meta device; the
+                options do not make a token's weights sum to 1; or one of gate and up,
+                which become one parameter, is frozen.
         """
         from .replace import upcycle
 

@@ -237,6 +237,7 @@ class MoE(nn.Module):
         self._stats = RoutingStats(num_experts, self.bias_update_rate > 0, device)
         self.loss_scale = torch.ones((), device=device)
         self._loss_scale_is_set = False
+        self._version_seen = None  # see losses.warn_of_accumulation
         self._takes_context_padding = False
 
     @classmethod
@@ -426,6 +427,7 @@ class MoE(nn.Module):
         if inject:
             if not (torch.compiler.is_compiling() or self._loss_scale_is_set):
                 losses.warn_of_float16(x)
+                losses.warn_of_accumulation(self)
             weights = losses.inject(
                 route, present, self.loss_scale, self.aux_loss_coef, self.z_loss_coef
             )
@@ -449,9 +451,8 @@ class MoE(nn.Module):
     # ---- statistics and state ----------------------------------------------------
 
     def stats(self, reset=False):
-        """What the routing did since the last reset, as a dict for any logger.
+        """What the routing did since the last reset, as a dict of floats for any logger.
 
-        - load: (E) float64 tensor on the CPU, assignments of each expert before any drop
         - drop_rate: share of assignments beyond capacity
         - lost_rate: share of tokens whose assignments were all dropped
         - entropy: of the mean score distribution, over log E; a collapse takes it to 0
@@ -461,8 +462,9 @@ class MoE(nn.Module):
         - max_logit: the largest router logit
         - tokens, forwards: how many were seen, in training and eval, without padding
 
-        All but `load` are floats; 0.0 where nothing was seen. One transfer from the
-        device a call; under data parallelism, of this process alone.
+        0.0 where nothing was seen. The dict's attribute `load`, (E) float64 on the CPU, has
+        the assignments of each expert before any drop. One transfer from the device a
+        call; under data parallelism, of this process alone.
 
         Args:
             reset: start again from zero after reading.
@@ -479,6 +481,7 @@ class MoE(nn.Module):
         self._stats.zero_()
         self.loss_scale.fill_(1.0)
         self._loss_scale_is_set = False
+        self._version_seen = None  # see losses.warn_of_accumulation
 
     @property
     def num_experts_per_tok(self):

@@ -55,7 +55,7 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     x = hidden_states.to(up.dtype)
     weights = top_k_weights.to(accumulation_dtype(x.dtype))
     plan = capacity_scatter(top_k_index, self.num_experts)
-    observe(self, top_k_index)
+    observe(self, top_k_index, top_k_weights)
     options = fused_options(self, x.dtype)
     has_norm = getattr(self, "has_post_expert_norm", False)  # since transformers 5.19 or later
     is_combined = options is not None and not has_norm

@@ -223,6 +223,36 @@ def warn_of_float16(x):
         )
 
 
+_warned_of_accumulation = False
+
+
+def warn_of_accumulation(layer):
+    """Once a process: gradients are accumulated and the losses that are injected are not scaled.
+
+    Seen by a gradient that is there while the weight is that of the last such forward: in a
+    loop that keeps gradients as zeros, the optimizer has changed the weight in between.
+    """
+    global _warned_of_accumulation
+    weight = next((p for p in layer.gate.parameters() if p.requires_grad), None)
+    if weight is None:
+        return
+    before, layer._version_seen = layer._version_seen, weight._version
+    if (
+        weight.grad is not None
+        and weight._version == before
+        and torch._C._current_graph_task_id() == -1  # no recomputation
+        and not _warned_of_accumulation
+    ):
+        _warned_of_accumulation = True
+        warnings.warn(
+            "moe_ext: gradients are accumulated, and the router's losses, which do not pass through"
+            " the loop's own loss, count once for every backward pass. Before each step call"
+            " moe_ext.set_loss_scale(model, 1 / accumulation_steps), or set_loss_scale(model, 1.0)"
+            " if that is meant; in transformers' Trainer RoutingCallback does it.",
+            stacklevel=4,
+        )
+
+
 def set_loss_scale(model, scale):
     """Sets the factor on the injected losses of every `MoE` in `model`.
 

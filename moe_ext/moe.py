@@ -246,6 +246,7 @@ class MoE(nn.Module):
         self.bias_update_rate = bias_update_rate
         self.loss_scale = torch.ones((), dtype=torch.float64, device=home(device))
         self._loss_scale_is_set = False
+        self._version_seen = None  # see losses.warn_of_accumulation
 
     @classmethod
     def from_dense(cls, ffn, num_experts=8, top_k=None, **options):
@@ -263,14 +264,17 @@ class MoE(nn.Module):
         Args:
             ffn: a module of two linear maps with an activation between them, or of three
                 with a gate (or gate and up in one), under any names: what it computes is
-                found by trying it on a few tokens. Left as it is.
+                found by trying it on a few tokens, with other parameters and without its
+                hooks. Left as it is.
             num_experts, top_k, **options: of `MoE`; capacity_factor is None (dropless)
-                unless given; device, dtype, biases and mode are the FFN's.
+                unless given; device, dtype, biases and mode are the FFN's, and copies of
+                a frozen matrix are frozen.
             activation: (option) tells which one it is instead of trying all.
 
         Raises:
-            TypeError, ValueError: ffn is no such module, or the options do not make a
-                token's weights sum to 1.
+            TypeError, ValueError: ffn is no such module, or on the meta device; the
+                options do not make a token's weights sum to 1; or one of gate and up,
+                which become one parameter, is frozen.
         """
         from .replace import upcycle
 
@@ -437,6 +441,7 @@ class MoE(nn.Module):
         if inject:
             if not (torch.compiler.is_compiling() or self._loss_scale_is_set):
                 losses.warn_of_float16(x)
+                losses.warn_of_accumulation(self)
             weights = losses.inject(
                 route, present, self.loss_scale, self.aux_loss_coef, self.z_loss_coef
             )
@@ -468,9 +473,8 @@ class MoE(nn.Module):
     # ---- statistics and state ----------------------------------------------------
 
     def stats(self, reset=False):
-        """What the routing did since the last reset, as a dict for any logger.
+        """What the routing did since the last reset, as a dict of floats for any logger.
 
-        - load: (E) float64 tensor on the CPU, assignments of each expert before any drop
         - drop_rate: share of assignments beyond capacity
         - lost_rate: share of tokens whose assignments were all dropped
         - entropy: of the mean score distribution, over log E; a collapse takes it to 0
@@ -480,8 +484,9 @@ class MoE(nn.Module):
         - max_logit: the largest router logit
         - tokens, forwards: how many were seen, in training and eval, without padding
 
-        All but `load` are floats; 0.0 where nothing was seen. One transfer from the
-        device a call; under data parallelism, of this process alone.
+        0.0 where nothing was seen. The dict's attribute `load`, (E) float64 on the CPU, has
+        the assignments of each expert before any drop. One transfer from the device a
+        call; under data parallelism, of this process alone.
 
         Args:
             reset: start again from zero after reading.
@@ -498,6 +503,7 @@ class MoE(nn.Module):
         self._stats.zero_()
         self.loss_scale.fill_(1.0)
         self._loss_scale_is_set = False
+        self._version_seen = None  # see losses.warn_of_accumulation
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

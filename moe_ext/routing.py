@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._checks import check_integer, check_same_device
+from .groups import group_of
 from .types import Plan
 
 
@@ -162,16 +163,25 @@ def update_router_biases(model, process_group=None):
 
     Args:
         model: every `MoE` inside with `bias_update_rate > 0` takes part.
-        process_group: whose counts are summed, in one all-reduce: the default group
-            where torch.distributed is initialised, else this process alone. All its
-            ranks must call.
+        process_group: whose counts are summed, in one all-reduce, and all its ranks must
+            call. None: where torch.distributed is initialised the ranks that hold the same
+            layers, which the first call finds out over the default group; else this
+            process alone.
+
+    Raises:
+        ValueError: the routers are sharded such that they do not tell who holds the same.
     """
     from .moe import MoE
 
-    layers = [m for m in model.modules() if isinstance(m, MoE) and m.bias_update_rate > 0]
+    layers = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, MoE) and m.bias_update_rate > 0
+    }
+    routers = {name: next(m.gate.parameters()) for name, m in layers.items()}
     move_biases(
-        [(m._stats, m.bias_update_rate, selection_bias_of(m.gate)) for m in layers],
-        process_group,
+        [(m._stats, m.bias_update_rate, selection_bias_of(m.gate)) for m in layers.values()],
+        *group_of("update_router_biases", model, routers, process_group),
     )
 
 
@@ -183,24 +193,19 @@ def selection_bias_of(gate):
 
 
 @torch.no_grad()
-def move_biases(layers, process_group=None):
+def move_biases(layers, reduce=False, process_group=None):
     """`update_router_biases` for [(RoutingStats, bias_update_rate, bias (E) float32)]."""
     if not layers:
         return
     device = layers[0][2].device
     counts = torch.cat([stats.step_counts.to(device) for stats, _, _ in layers])
-    if reduces(process_group):
+    if reduce:
         dist.all_reduce(counts, group=process_group)
     for (stats, rate, bias), n in zip(layers, counts.split([b.numel() for _, _, b in layers])):
         n = n.double()
         step = rate * torch.sign(n.mean() - n)
         bias += step.to(bias).view_as(bias)
         stats.step_counts.zero_()
-
-
-def reduces(process_group):
-    """Whether there are other processes to sum with."""
-    return process_group is not None or (dist.is_available() and dist.is_initialized())
 
 
 def update_router_biases_on_step(optimizer, model, process_group=None):

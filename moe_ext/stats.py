@@ -43,11 +43,14 @@ class RoutingStats:
     """counts, step_counts (E) int64; score_sums (E), totals (7) float64.
 
     `step_counts` exists for loss-free balancing only: the training assignments
-    since the last update of the biases.
+    since the last update of the biases. `watchers` are others that count along,
+    each in one mode, and are read and reset by whoever added them.
     """
 
-    def __init__(self, num_experts, with_step_counts, device):
+    def __init__(self, num_experts, with_step_counts, device=None, training=None):
         device = home(device)
+        self.training = training  # of a watcher: which of a layer's forwards it counts
+        self.watchers = []
 
         def zeros(size, dtype):
             return _static(torch.zeros(size, dtype=dtype, device=device))
@@ -64,15 +67,23 @@ class RoutingStats:
             self.step_counts = _static(torch.zeros_like(self.counts))
 
     def tensors(self):
-        return [t for t in vars(self).values() if t is not None]
+        return [t for t in vars(self).values() if isinstance(t, torch.Tensor)]
 
     def zero_(self):
         for tensor in self.tensors():
             tensor.zero_()
 
+    def reset(self):
+        """What is read starts again; the biases' counts go on."""
+        for tensor in (self.counts, self.score_sums, self.totals):
+            tensor.zero_()
+
     def to(self, device):
+        """Follows its module to a device."""
+        for watcher in self.watchers:
+            watcher.to(device)
         for name, tensor in vars(self).items():
-            if tensor is not None and tensor.device != device:
+            if isinstance(tensor, torch.Tensor) and tensor.device != device:
                 setattr(self, name, _static(tensor.to(device)))
 
     def accumulate(self, logits, route, assignment_row, padding_mask, score_function, training):
@@ -85,6 +96,21 @@ class RoutingStats:
             logits, route.experts, route.counts, score_sums,
             assignment_row, padding_mask, score_function,
         )  # fmt: skip
+        for watcher in self.watchers:
+            if watcher.training == training:
+                watcher.accumulate(
+                    logits, route, assignment_row, padding_mask, score_function, training
+                )
+
+    def plus(self, other):
+        """The sum of both, as a `RoutingStats` without `step_counts`."""
+        total = RoutingStats(len(self.counts), False, self.counts.device)
+        for mine, a, b in zip(total.tensors(), self.tensors(), other.tensors()):
+            mine += a + b
+        seen = [t[MAX_LOGIT] for t in (self.totals, other.totals) if t[FORWARDS] > 0]
+        if seen:
+            total.totals[MAX_LOGIT] = torch.stack(seen).max()
+        return total
 
     def read(self, reset):
         return read_all([self], reset)[0]
@@ -113,13 +139,28 @@ def read_all(layers, reset=False, reduce=False, process_group=None):
     packed = packed.cpu()
     if reset:
         for stats in layers:
-            for tensor in (stats.counts, stats.score_sums, stats.totals):
-                tensor.zero_()
+            stats.reset()
     parts = packed.split(sizes)
     return [
         summarize(load, score_sums, totals.tolist())
         for load, score_sums, totals in zip(parts[::3], parts[1::3], parts[2::3])
     ]
+
+
+class Numbers(dict):
+    """{name: float}, as any logger takes it, and `load` (E) float64 beside it.
+
+    `numbers["load"]` gives that tensor too, though it is not among the keys.
+    """
+
+    def __init__(self, numbers, load):
+        super().__init__(numbers)
+        self.load = load
+
+    def __missing__(self, key):
+        if key == "load":
+            return self.load
+        raise KeyError(key)
 
 
 def summarize(load, score_sums, totals):
@@ -133,8 +174,7 @@ def summarize(load, score_sums, totals):
     token_entropy = totals[ENTROPY] / max(tokens, 1.0) / log_experts
     if num_experts == 1 and tokens:
         entropy = token_entropy = 1.0
-    return {
-        "load": load,
+    numbers = {
         "drop_rate": totals[DROPPED] / max(assignments, 1.0),
         "lost_rate": totals[LOST_TOKENS] / max(tokens, 1.0),
         "entropy": entropy,
@@ -145,3 +185,4 @@ def summarize(load, score_sums, totals):
         "tokens": tokens,
         "forwards": totals[FORWARDS],
     }
+    return Numbers(numbers, load)

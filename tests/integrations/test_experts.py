@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -496,3 +497,32 @@ def test_experts_of_a_transformers_without_the_norm():
 def test_moe_ext_does_not_import_transformers():
     code = "import sys, moe_ext, moe_ext.integrations; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- quantised experts, which do not run here ------------------------------------------
+
+
+def test_float8_experts_say_what_works_instead():
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+
+    register()
+    forward = ALL_FP8_EXPERTS_FUNCTIONS.get_interface("moe_ext", None)
+    with pytest.raises(NotImplementedError, match="float8, which moe_ext does not run.*grouped_mm"):
+        forward(torch.nn.Identity(), None, None, None)
+
+
+@pytest.mark.parametrize("implementation", ["moe_ext", "eager"])
+def test_mxfp4_experts_say_that_they_run_elsewhere(implementation):
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    register()
+    config = transformers.GptOssConfig(
+        hidden_size=64, intermediate_size=64, num_local_experts=2,
+        experts_implementation=implementation,
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Mxfp4GptOssExperts(config)
+    texts = [str(warning.message) for warning in caught if "moe_ext" in str(warning.message)]
+    assert len(texts) == (implementation == "moe_ext")
+    assert all("MXFP4" in text and "dequantize=True" in text for text in texts)

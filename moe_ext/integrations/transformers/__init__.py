@@ -19,6 +19,7 @@ check_transformers()
 
 from .blocks import replace, restore  # noqa: E402
 from .experts import register  # noqa: E402
-from .health import RoutingCallback, RoutingHealth  # noqa: E402
+from .health import RoutingHealth  # noqa: E402
+from .trainer import RoutingCallback  # noqa: E402
 
 __all__ = ["RoutingCallback", "RoutingHealth", "register", "replace", "restore"]

@@ -63,7 +63,7 @@ def facts():
             and not _load.runs_on(built["archs"], (major, minor))
         ):
             unfit = (
-                f": not built for it. Rebuild: export TORCH_CUDA_ARCH_LIST={major}.{minor} &&"
+                f": not built for it. Rebuild: export TORCH_CUDA_ARCH_LIST={_load.arch_list((major, minor))} &&"
                 f" {_load.rebuild_command()}"
             )
         yield f"gpu {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}{unfit}"

@@ -14,7 +14,9 @@ import json
 import mmap
 import os
 import platform
+import re
 import subprocess
+import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -22,6 +24,9 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parent
 BACKENDS = ("reference", "cpu", "cuda", "emulated")
+
+# The oldest torch and the newest with which the suite passes; pyproject.toml says the same.
+TORCH = ((2, 11), (2, 14))
 
 GIT_DESCRIBE = ("--always", "--dirty", "--abbrev=12", "--exclude=*")  # as in setup.py
 _MARK = b"moe_ext build info: "
@@ -33,6 +38,20 @@ def backend_from_environment():
     if name is not None and name not in BACKENDS:
         raise ValueError(f"MOE_EXT_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
+
+
+def check_torch(version):
+    """Refuses a torch older than what is supported, and warns of a newer one."""
+    release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    oldest, newest = TORCH
+    text = (
+        f"moe_ext supports torch {'.'.join(map(str, oldest))} to {'.'.join(map(str, newest))},"
+        f" found torch {version}"
+    )
+    if release < oldest:
+        raise ImportError(text)
+    if release > newest:
+        warnings.warn(f"{text}: nobody has tried it yet", stacklevel=2)
 
 
 def rebuild_command():
@@ -128,6 +147,23 @@ def runs_on(archs, capability):
     return any(map(fits, archs))
 
 
+def arch_list(capability):
+    """TORCH_CUDA_ARCH_LIST for a GPU: 9.0 alone would lack what only an H100 has."""
+    return "{}.{}".format(*capability) + "a" * (capability == (9, 0))
+
+
+def carried():
+    """Whether a CUDA library of this checkout lies here that runs on the GPU of this machine."""
+    library = find_library()
+    built = read_build_info(library) if library else {"cuda": None}
+    return (
+        built["cuda"] is not None
+        and not mismatches(built, running())
+        and checkout_commit() in (None, built["git"])
+        and runs_on(built["archs"], torch.cuda.get_device_capability())
+    )
+
+
 def find_emulated_library():
     kind = os.environ.get("MOE_EXT_EMULATOR_BUILD", "fast")
     library = PACKAGE.parent / "build" / "emulator" / kind / "moe_ext_emulated.so"
@@ -174,5 +210,6 @@ def load(backend):
     return built
 
 
+check_torch(torch.__version__)
 BACKEND = backend_from_environment()
 BUILD_INFO = None if BACKEND == "reference" else load(BACKEND)

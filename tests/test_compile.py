@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moe_ext
 from layer_suite import E, H, assert_close, make
-from oracle import HAS_OPS, bits_equal, unit
+from oracle import DEVICE, HAS_OPS, bits_equal, unit
 
 pytestmark = pytest.mark.skipif(not HAS_OPS, reason="the reference reads from the device")
 
@@ -107,7 +107,7 @@ def test_autocast():
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (5, 12):
         x = unit(tokens, H)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             assert bits_equal(compiled(x), layer(x))
 
 

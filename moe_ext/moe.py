@@ -23,6 +23,7 @@ from ._checks import (
     check_tokens,
     check_top_k,
 )  # fmt: skip
+from ._compat import is_exporting, smaller
 from .experts import Experts, SharedExperts
 from .functional import capacity_scatter
 from .masking import current_padding
@@ -350,7 +351,7 @@ class MoE(nn.Module):
 
         # Before the experts, whose weights push the routing out of the caches. An exported program
         # has no place for a tensor that is not a buffer and changes.
-        if not torch.compiler.is_exporting():
+        if not is_exporting():
             self._stats.accumulate(
                 logits, route, plan.assignment_row, padding_mask, self.score_function, self.training
             )
@@ -403,7 +404,7 @@ class MoE(nn.Module):
         None where the layer is dropless.
         """
         if self.expert_capacity is not None:
-            return torch.sym_min(self.expert_capacity, tokens)
+            return smaller(self.expert_capacity, tokens)
         factor = self._capacity if self.training else self._eval_capacity
         return factor(tokens)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._checks import check_number
+from ._compat import larger, smaller
 from .types import Plan
 
 
@@ -122,7 +123,7 @@ class Capacity:
         if self.factor is None:
             return None
         capacity = -(-(tokens * self.numerator) // self.denominator)
-        return torch.sym_min(torch.sym_max(capacity, self.min_capacity), tokens)
+        return smaller(larger(capacity, self.min_capacity), tokens)
 
 
 def renormalize_after_drop(weights, assignment_row):

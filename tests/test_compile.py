@@ -129,6 +129,17 @@ def test_checkpointing_inside_of_a_graph(policy):
     assert torch.equal(layer._stats.step_counts, twin._stats.step_counts)
 
 
+def test_sizes_that_are_numbers():
+    """Without dynamic=True the first graph has no symbols."""
+    layer = make()
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = unit(5, H, dtype=torch.float64)
+    for a, b in zip(train(compiled, layer, x), train(twin, twin, x)):
+        assert_close(a, b)
+    assert layer.stats()["forwards"] == 1
+
+
 def test_inductor():
     layer = make(dtype=torch.float32, hidden=32)
     twin = copy.deepcopy(layer)

@@ -31,7 +31,7 @@ import torch
 
 from . import reference
 from ._checks import autocast_dtype
-from ._load import BACKEND
+from ._load import BACKEND, BUILD_INFO, build_for_cuda
 from .types import Plan, Route
 
 ops = torch.ops.moe_ext
@@ -73,11 +73,41 @@ def _needs_gradient(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+# A forced path takes the tensors of its own device alone.
+_FORCED = {"cpu": "cpu", "cuda": "cuda"}.get(BACKEND)
+_OTHER = {"cpu": "cuda", "cuda": "cpu"}.get(_FORCED)
+
+
+def _check_forced(name, args):
+    for tensor in args:
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == _OTHER:
+            raise ValueError(
+                f"{name}: MOE_EXT_BACKEND={BACKEND} takes tensors on {_FORCED}, got one on"
+                f" {tensor.device}"
+            )
+
+
+def _unsupported(error):
+    """The dispatcher's text where it has no kernel, in our words, or None."""
+    found = re.match(
+        r"Could not run 'moe_ext::(\w+)' with arguments from the '(\w+)' backend", str(error)
+    )
+    if found is None:
+        return None
+    op, backend = found.groups()
+    text = f"{op}: tensors of the {backend} backend are not supported"
+    if backend == "CUDA" and BUILD_INFO["cuda"] is None:
+        text = f"{op}: the tensors are on a GPU, and moe_ext was built for the CPU alone. {build_for_cuda()}"
+    return NotImplementedError(text)
+
+
 def _call(name, *args):
     """The op; what it cannot take is refused in words."""
     op = getattr(ops, name)
     if torch.compiler.is_compiling():
         return op(*args)
+    if _FORCED:
+        _check_forced(name, args)
     # The ops' gradients are unknown to torch.func: a silent zero there.
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
@@ -87,6 +117,8 @@ def _call(name, *args):
     try:
         return op(*args)
     except RuntimeError as error:
+        if told := _unsupported(error):
+            raise told from None
         # The dispatcher's word for an argument that is not of the schema's type.
         wrong = re.match(
             r"moe_ext::(\w+)\(\) Expected a value of type '(?:Optional\[)?(\w+)\]?'"

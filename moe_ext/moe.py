@@ -21,6 +21,7 @@ from ._checks import (
     check_tokens,
     one_top_k,
 )  # fmt: skip
+from ._compat import is_exporting, smaller
 from .experts import Experts, SharedExperts
 from .functional import capacity_scatter
 from .masking import current_padding
@@ -376,7 +377,7 @@ class MoE(nn.Module):
 
         # Before the experts, whose weights push the routing out of the caches. An exported program
         # has no place for a tensor that is not a buffer and changes; meta tensors say nothing.
-        if not (torch.compiler.is_exporting() or logits.is_meta):
+        if not (is_exporting() or logits.is_meta):
             self._stats.accumulate(
                 logits, route, plan.assignment_row, padding_mask, self.score_function, self.training
             )
@@ -419,7 +420,7 @@ class MoE(nn.Module):
         None where the layer is dropless.
         """
         if self.expert_capacity is not None:
-            return torch.sym_min(self.expert_capacity, tokens)
+            return smaller(self.expert_capacity, tokens)
         ratio = self._capacity_ratios[
             "capacity_factor" if self.training else "eval_capacity_factor"
         ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._checks import check_integer, check_same_device
+from ._compat import larger, smaller
 from .groups import group_of
 from .types import Plan
 
@@ -138,7 +139,7 @@ def capacity_of(ratio, tokens, min_capacity, top_k):
         return None
     numerator, denominator = ratio
     capacity = -(-(tokens * numerator * top_k) // denominator)
-    return torch.sym_min(torch.sym_max(capacity, min_capacity), tokens)
+    return smaller(larger(capacity, min_capacity), tokens)
 
 
 def renormalize_after_drop(weights, assignment_row):

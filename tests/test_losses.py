@@ -9,7 +9,7 @@ import torch
 import moe_ext
 from layer_suite import E, H, K, assert_close, make
 from moe_ext import losses
-from oracle import bits_equal, unit
+from oracle import DEVICE, bits_equal, unit
 
 COEFFICIENTS = dict(aux_loss_coef=0.3, z_loss_coef=0.02)
 
@@ -234,7 +234,7 @@ def test_float16_training_without_a_scale_warns_once(autocast, monkeypatch):
         layer.eval()(x)
         make(dtype=torch.bfloat16)(x.bfloat16())
     layer.train()
-    with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+    with torch.autocast(DEVICE.type, dtype=torch.float16, enabled=autocast):
         with pytest.warns(UserWarning, match="set_loss_scale"):
             layer(x)
         with warnings.catch_warnings():

@@ -11,20 +11,23 @@
 namespace moe_ext {
 namespace {
 
+// Whether products of this dtype may round their operands to tf32. Only float32's could, so
+// only for them is torch asked, and by the newer of its two switches: where a program has used
+// that one (transformers does), the older question raises; and setting the older sets both.
+bool allows_tf32(const at::Tensor& x) {
+  return x.scalar_type() == at::kFloat &&
+         at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+             at::Float32Precision::TF32;
+}
+
 const void* pointer(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
 cuda::GemmContext context_of(const OnDevice& device, const FfnCall& call, bool batch_invariant) {
-  return {dtype_of(call.x),
-          device.sm(),
-          device.sm_count(),
-          at::globalContext().allowTF32CuBLAS(),
-          batch_invariant,
-          call.tokens,
-          call.rows,
-          call.experts,
-          call.expert_offsets.const_data_ptr<int32_t>()};
+  return {dtype_of(call.x),    device.sm(),     device.sm_count(),
+          allows_tf32(call.x), batch_invariant, call.tokens,
+          call.rows,           call.experts,    call.expert_offsets.const_data_ptr<int32_t>()};
 }
 
 // A (rows, columns) matrix of our own, or a tensor of tokens that rows are gathered from.

@@ -8,6 +8,9 @@
 #   make mutants  plants faults; each must be caught by the tests
 #   make bench    the layer's benchmarks      ARGS go to benchmarks/bench_layer.py
 #   make bench-models  published models' blocks in transformers; ARGS to benchmarks/bench_models.py
+#   make peers    installs other libraries' experts in build/peers: half an hour, 14 GB, most
+#                 of it kt_kernel's; ARGS="sglang ggml" chooses
+#   make bench-peers  the experts beside those; ARGS go to benchmarks/bench_peers.py
 #   make installed  builds a source archive, installs it elsewhere, runs its self-test
 #   make kernels  compiles the parts without torch alone, through CMake
 #   make clean    removes all of it
@@ -40,8 +43,9 @@ CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # xdist fills the cores with processes; a thread each is then the fastest.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: test demo finetune lint format mutants bench bench-models installed kernels build clean \
-        emulated nvcc cuda-import gpu gpu-build gpu-tests gpu-sanitizer gpu-bench gpu-dry
+.PHONY: test demo finetune lint format mutants bench bench-models peers bench-peers installed \
+        kernels build clean emulated nvcc cuda-import gpu gpu-build gpu-tests gpu-sanitizer \
+        gpu-bench gpu-dry
 
 test: build
 	$(RUN) -m pytest -n auto $(ARGS)
@@ -60,6 +64,12 @@ bench: build
 
 bench-models: build
 	$(RUN) benchmarks/bench_models.py $(ARGS)
+
+peers: $(VENV)/ready
+	cd benchmarks && ../$(RUN) -m peers.install $(ARGS)
+
+bench-peers: build
+	$(RUN) benchmarks/bench_peers.py $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

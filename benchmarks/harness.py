@@ -20,6 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def seconds_of(function):
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
 class TooSlow(Exception):
     """Raised inside a call that `stopped_after` ends."""
 
@@ -60,14 +66,16 @@ def interleaved(
     at_least=2.0,
     at_most=None,
     turn=20e-3,
+    measure=seconds_of,
 ):
     """{name: [seconds a call, ...]}: the contestants take turns, round by round, so that a
     slow moment of the machine hits all of them.
 
-    contestants: {name: function()}. prepare: called before each call, untimed. A turn is
-    one call; of calls shorter than `turn` seconds, as many as fill it, since a model runs
-    its small layers one after another. Short rounds are more than `repeats`, until they
-    fill `at_least` seconds; long ones are fewer, but three, to keep within `at_most`. A
+    contestants: {name: function()}. prepare: called before each call, untimed. measure: how
+    many seconds a call takes, where the function runs in another process. A turn is one
+    call; of calls shorter than `turn` seconds, as many as fill it, since a model runs its
+    small layers one after another. Short rounds are more than `repeats`, until they fill
+    `at_least` seconds; long ones are fewer, but three, to keep within `at_most`. A
     contestant that takes longer than `patience` seconds after its warm-up counts by that one
     call; its list holds a single time. One whose warm-up takes longer than that and `give_up`
     times as long as the fastest of those before it is stopped, if it computes a gradient; its
@@ -79,9 +87,7 @@ def interleaved(
         for _ in range(calls):
             if prepare is not None:
                 prepare()
-            begin = time.perf_counter()
-            function()
-            seconds += time.perf_counter() - begin
+            seconds += measure(function)
         return seconds / calls
 
     def warmed_up(function, limit):
@@ -148,20 +154,14 @@ class MemoryRead:
         buffer = torch.ones(size // 4)
         first, second = buffer.chunk(2)
         ways = (buffer.sum, lambda: torch.dot(first, second), lambda: buffer.view(-1, 4096).sum(1))
-        self.way = min(ways, key=lambda way: min(self.seconds(way) for _ in range(4)))
+        self.way = min(ways, key=lambda way: min(seconds_of(way) for _ in range(4)))
 
     def __call__(self):
         self.way()
 
     def bandwidth(self):
         """Bytes a second, the fastest of some reads."""
-        return self.bytes / min(self.seconds(self.way) for _ in range(4))
-
-    @staticmethod
-    def seconds(function):
-        begin = time.perf_counter()
-        function()
-        return time.perf_counter() - begin
+        return self.bytes / min(seconds_of(self.way) for _ in range(4))
 
 
 def saved_bytes(function, parameters):
@@ -200,6 +200,29 @@ def cpu_model():
     return platform.processor()
 
 
+def cpu_flags():
+    """What the processor can do, in the kernel's words."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+INSTRUCTION_SETS = {
+    "amx_bf16": "AMX",
+    "avx512_bf16": "AVX-512 BF16",
+    "avx512bw": "AVX-512",
+    "avx2": "AVX2",
+}
+
+
+def instruction_set():
+    """The best of those that kernels are written for, which `cpu` may not tell: in a virtual
+    machine processors of several kinds have one name."""
+    flags = cpu_flags()
+    return next((name for flag, name in INSTRUCTION_SETS.items() if flag in flags), "baseline")
+
+
 def machine(device="cpu"):
     gpu = {}
     if device == "cuda":
@@ -209,6 +232,7 @@ def machine(device="cpu"):
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "instruction_set": instruction_set(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "system": platform.platform(),
         "python": platform.python_version(),

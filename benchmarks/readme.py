@@ -15,9 +15,10 @@ def megabytes(size):
 
 def machine_and_versions(machine):
     where = f"{machine['gpu']}, CUDA {machine['cuda']}; " if "gpu" in machine else ""
+    instructions = machine.get("instruction_set", machine["capability"])
     return (
         f"{where}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads,"
-        f" {machine['capability']}; torch {machine['torch']},"
+        f" {instructions}; torch {machine['torch']},"
         f" transformers {machine['transformers']}, Python {machine['python']}"
     )
 
@@ -60,20 +61,26 @@ def save_bars(figure, axes, labels, path):
     figure.savefig(path, metadata={"Date": None})
 
 
-def update(results_path, readme, title, table, chart):
-    """Draws chart(results, path) beside the results; writes its link and table(results) between
-    README's markers of the results' name."""
-    results_path, readme = Path(results_path).resolve(), Path(readme).resolve()
-    results = json.loads(results_path.read_text())
-    picture, marker = results_path.with_suffix(".svg"), results_path.stem
-    chart(results, picture)
-    link = picture.relative_to(readme.parent).as_posix()
-    text, count = re.subn(
+def put_between(readme, marker, text):
+    """Writes text between README's markers of that name."""
+    readme = Path(readme)
+    new, count = re.subn(
         rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)",
-        lambda match: f"{match[1]}![{title}]({link})\n\n{table(results)}\n{match[2]}",
+        lambda match: f"{match[1]}{text}\n{match[2]}",
         readme.read_text(),
         flags=re.DOTALL,
     )
     if count != 1:
         raise ValueError(f"{readme} must have one pair of {marker} markers, found {count}")
-    readme.write_text(text)
+    readme.write_text(new)
+
+
+def update(results_path, readme, title, table, chart):
+    """Draws chart(results, path) beside the results; writes its link and table(results) between
+    README's markers of the results' name."""
+    results_path, readme = Path(results_path).resolve(), Path(readme).resolve()
+    results = json.loads(results_path.read_text())
+    picture = results_path.with_suffix(".svg")
+    chart(results, picture)
+    link = picture.relative_to(readme.parent).as_posix()
+    put_between(readme, results_path.stem, f"![{title}]({link})\n\n{table(results)}")

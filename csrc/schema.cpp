@@ -47,7 +47,7 @@ TORCH_LIBRARY(moe_ext, m) {
   // ---- capacity_scatter: experts (T, K) -> the plan
   m.def(
       "capacity_scatter(Tensor experts, SymInt num_experts, SymInt? capacity=None,"
-      " Tensor? weights=None, Tensor? padding_mask=None, str drop_policy=\"choice\","
+      " Tensor? weights=None, Tensor? padding_mask=None, str drop_policy=\"token\","
       " SymInt num_sequences=1) -> (Tensor expert_offsets, Tensor row_token, Tensor row_assignment,"
       " Tensor assignment_row, Tensor expert_counts)");
 

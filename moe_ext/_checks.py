@@ -179,10 +179,16 @@ def autocast_dtype(device_type):
 
 def check_tokens(x, hidden_size):
     """x: (..., H), floating and dense; its dtype and device are for those who hold parameters."""
-    expected = f"a floating tensor of shape (..., {hidden_size}), two dimensions or more"
+    expected = f"a floating tensor of shape (..., {hidden_size})"
     if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"MoE: x must be {expected}, got {describe(x)}")
-    if x.dim() < 2 or x.shape[-1] != hidden_size:
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(
+            f"MoE: x must be {expected}, got a {kind} one: give the values of a nested tensor"
+            " (x.values()), or torch.nested.to_padded_tensor(x, 0.0) and a padding_mask"
+        )
+    if x.dim() < 1 or x.shape[-1] != hidden_size:
         raise ValueError(f"MoE: x must be {expected}, got {describe(x)}")
 
 

@@ -138,3 +138,7 @@ def _(
 @_fake("accumulate_stats")
 def _(*_, **__):
     return None
+
+
+# Last: it needs the ops.
+from . import flops  # noqa: E402, F401

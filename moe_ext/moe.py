@@ -37,8 +37,8 @@ class MoE(nn.Module):
         experts, weights = the top_k best of each token's scores
         y_t = sum_j weights[t, j] * FFN_experts[t, j](x_t)  +  shared experts(x_t)
 
-    x is (..., hidden_size), of at least two dimensions, in the dtype of the
-    parameters (any under autocast); y has its shape and dtype. T is the number of
+    x is (..., hidden_size), in the dtype of the parameters (any under autocast); one
+    dimension is one token; y has its shape and dtype. T is the number of
     tokens in x, E = num_experts, K = top_k, H = hidden_size, I = intermediate_size.
 
         layer = moe_ext.MoE(512, 1792, num_experts=8, top_k=2)
@@ -394,6 +394,7 @@ class MoE(nn.Module):
 
     def _plan(self, shape, route, padding_mask):
         if self.capacity_scope == "sequence":
+            shape = (1, *shape)[-max(len(shape), 2) :]  # one token is a sequence
             tokens, num_sequences = shape[-2], max(math.prod(shape[:-2]), 1)
         else:
             tokens, num_sequences = math.prod(shape[:-1]), 1
@@ -499,8 +500,11 @@ class MoE(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Qwen2-MoE says shared_expert where DeepSeek says shared_experts.
-        for name in [n for n in state_dict if n.startswith(f"{prefix}shared_expert.")]:
-            state_dict[name.replace("shared_expert.", "shared_experts.")] = state_dict.pop(name)
+        theirs, ours = f"{prefix}shared_expert.", f"{prefix}shared_experts."
+        for name in [n for n in state_dict if n.startswith(theirs)]:
+            renamed = ours + name.removeprefix(theirs)
+            if renamed not in state_dict:  # else one too many, which a strict load reports
+                state_dict[renamed] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self):

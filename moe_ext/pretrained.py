@@ -254,6 +254,8 @@ def _open(source):
 
 def _keys(checkpoint, name):
     """[its key], or [its key, that of its scales] where it is quantised; [] if it is not there."""
+    if name not in checkpoint:
+        name = name.replace("shared_experts.", "shared_expert.")  # Qwen2-MoE's
     for pair in (
         (name, f"{name}_scale_inv"),  # DeepSeek-V3's float8
         (name, name.removesuffix("weight") + "scales"),
@@ -314,7 +316,7 @@ def from_pretrained_block(cls, source, layer=None, *, preset=None, device=None, 
                 f"{LOAD}: {prefix}{name} must be of shape {shape}, got {describe(tensor)};"
                 " name another preset, or the sizes beside it (hidden_size=...)"
             )
-        view.copy_(tensor.reshape(view.shape))
+        view.copy_(tensor.detach().reshape(view.shape))
     return block
 
 
@@ -364,6 +366,7 @@ def _locate(checkpoint, layer):
 
 
 _HEADS = {re.split(r"[./]", n)[0] for f in FORMATS.values() for n in f.names.values()}
+_HEADS.add("shared_expert")
 
 
 def _check_names(checkpoint, wanted, format, prefix):

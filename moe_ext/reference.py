@@ -234,7 +234,8 @@ def grouped_ffn(
 def weighted_combine(rows, weights, plan):
     kept = plan.assignment_row >= 0
     if len(rows) == 0:
-        return rows.sum(0).expand(len(weights), -1)  # zeros, still part of the graph
+        # Zeros, still part of the graph of both.
+        return rows.sum(0) + torch.where(kept, weights, 0.0).sum(-1, keepdim=True).to(rows.dtype)
     mine = rows[plan.assignment_row.clamp(min=0).long()]
     dtype = accumulation_dtype(torch.promote_types(rows.dtype, weights.dtype))
     mine = torch.where(kept[..., None], mine, 0.0).to(dtype)

@@ -395,7 +395,6 @@ def test_bad_options(error, options, text):
     [
         (TypeError, lambda x: ([1.0],), r"x must be a floating tensor of shape \(..., 16\)"),
         (TypeError, lambda x: (x.long(),), r"x must be a floating .* got int64 \(3, 16\)"),
-        (ValueError, lambda x: (x[0],), r"x must be .* two dimensions or more, got float64 \(16,\)"),
         (ValueError, lambda x: (x[:, :8],), r"got float64 \(3, 8\)"),
         (ValueError, lambda x: (x.to("meta"),), "x must be on the parameters' cpu, got meta"),
         (TypeError, lambda x: (x, torch.ones(3, dtype=torch.long)), "attention_mask == 0"),

@@ -10,6 +10,7 @@ from .functional import batch_invariant
 from .losses import set_loss_scale
 from .masking import padding
 from .moe import MoE
+from .parameters import count_parameters, parameter_groups
 from .replace import replace_ffn
 from .routing import Routing, update_router_biases, update_router_biases_on_step
 from .types import Plan, Route
@@ -23,9 +24,11 @@ __all__ = [
     "Routing",
     "batch_invariant",
     "checkpoint_policy",
+    "count_parameters",
     "functional",
     "losses",
     "padding",
+    "parameter_groups",
     "presets",
     "reference",
     "replace_ffn",

@@ -206,20 +206,29 @@ def inject(route, present, scale, aux_coef, z_coef):
     )  # fmt: skip
 
 
-_warned = False
+_warned = set()
 
 
-def warn_of_float16(x):
-    """Once a process: float16 training whose losses nobody scales."""
-    global _warned
-    if (autocast_dtype(x.device.type) or x.dtype) == torch.float16 and not _warned:
-        _warned = True
+def warn_unscaled(x, gate):
+    """Once a process and cause: training whose injected losses nobody scales."""
+    if (autocast_dtype(x.device.type) or x.dtype) == torch.float16:
+        _warn_once("training in float16", "unscaled, where GradScaler scales the loop's own loss")
+    # A gradient that is there before a forward pass (which no backward pass repeats): it is not
+    # the step's first.
+    if torch._C._current_graph_task_id() == -1 and any(
+        p.is_leaf and p.grad is not None for p in gate.parameters()
+    ):
+        _warn_once("accumulating gradients", "in full with every backward pass of a step")
+
+
+def _warn_once(what, how):
+    if what not in _warned:
+        _warned.add(what)
         warnings.warn(
-            "moe_ext: training in float16 injects the router's losses unscaled, where GradScaler"
-            " scales the loop's own loss. Before each step call moe_ext.set_loss_scale(model,"
-            " scaler.get_scale() / accumulation_steps), or set_loss_scale(model, 1.0) if that"
-            " is meant.",
-            stacklevel=4,
+            f"moe_ext: {what} injects the router's losses {how}. Before each step call"
+            " moe_ext.set_loss_scale(model, scale), where scale is scaler.get_scale() (1.0 without"
+            " a GradScaler) / accumulation_steps; or set_loss_scale(model, 1.0) if that is meant.",
+            stacklevel=5,
         )
 
 

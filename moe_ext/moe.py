@@ -432,7 +432,7 @@ class MoE(nn.Module):
         weights, aux_loss, z_loss = route.weights, None, None
         if inject:
             if not (torch.compiler.is_compiling() or self._loss_scale_is_set):
-                losses.warn_of_float16(x)
+                losses.warn_unscaled(x, self.gate)
             weights = losses.inject(
                 route, present, self.loss_scale, self.aux_loss_coef, self.z_loss_coef
             )

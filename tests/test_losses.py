@@ -226,7 +226,7 @@ def test_gradient_accumulation_is_the_mean_of_its_parts():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_float16_training_without_a_scale_warns_once(autocast, monkeypatch):
-    monkeypatch.setattr(losses, "_warned", False)
+    monkeypatch.setattr(losses, "_warned", set())
     layer = make(dtype=torch.float32 if autocast else torch.float16)
     x = unit(4, H, dtype=torch.float32 if autocast else torch.float16)
     with warnings.catch_warnings():
@@ -240,9 +240,35 @@ def test_float16_training_without_a_scale_warns_once(autocast, monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             layer(x)
-            monkeypatch.setattr(losses, "_warned", False)
+            monkeypatch.setattr(losses, "_warned", set())
             moe_ext.set_loss_scale(layer, 1.0)
             layer(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accumulation_without_a_scale_warns_once(dtype, monkeypatch):
+    monkeypatch.setattr(losses, "_warned", set())
+    x = unit(4, H, dtype=dtype)
+
+    def micro_batches(layer):
+        layer.zero_grad()
+        for _ in range(2):
+            layer(x).sum().backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told, plain = make(dtype=dtype), make(dtype=dtype)
+        moe_ext.set_loss_scale(told, 0.5)
+        micro_batches(told)
+        micro_batches(make(dtype=dtype, aux_loss_coef=0.0))
+        for _ in range(3):  # a step each
+            plain.zero_grad()
+            plain(x).sum().backward()
+    with pytest.warns(UserWarning, match="accumulating gradients .*set_loss_scale"):
+        micro_batches(plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        micro_batches(plain)
 
 
 def test_padding_may_hold_nan():

@@ -4,7 +4,7 @@ layer = moe_ext.MoE(512, 1792, num_experts=8, top_k=2)
 y = layer(x)  # in place of a feed-forward module
 """
 
-from . import functional, losses, presets, reference
+from . import functional, losses, presets, reference, testing
 from .checkpoint import checkpoint_policy
 from .functional import batch_invariant
 from .losses import set_loss_scale
@@ -30,6 +30,7 @@ __all__ = [
     "reference",
     "replace_ffn",
     "set_loss_scale",
+    "testing",
     "update_router_biases",
     "update_router_biases_on_step",
 ]

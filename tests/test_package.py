@@ -3,7 +3,6 @@ the forced backends, the diagnosis, the comparison of two paths."""
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -281,13 +280,6 @@ class TestBackend:
         )
         done = python("-c", code, cwd=copied, MOE_EXT_BACKEND="reference")
         assert done.stdout.split() == ["5.0", "False", "False"], done.stderr
-
-
-class TestReadme:
-    def test_the_first_example_runs(self, capsys):
-        example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-        exec(example[1], {})
-        assert "'drop_rate'" in capsys.readouterr().out
 
 
 class TestDiagnosis:

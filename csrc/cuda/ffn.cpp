@@ -6,6 +6,7 @@
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 
+#include "cuda/check_plan.h"
 #include "cuda/kernels/weighted_combine.h"
 
 namespace moe_ext {
@@ -32,10 +33,11 @@ cuda::GemmContext context_of(const OnDevice& device, const FfnCall& call, bool b
 
 // A (rows, columns) matrix of our own, or a tensor of tokens that rows are gathered from.
 cuda::RowMatrix rows_of(const at::Tensor& matrix) {
-  return {matrix.const_data_ptr(), matrix.stride(0), nullptr};
+  return {matrix.const_data_ptr(), matrix.stride(0), nullptr, 0};
 }
 cuda::RowMatrix gathered(const at::Tensor& tokens, const FfnCall& call) {
-  return {tokens.const_data_ptr(), tokens.stride(0), call.row_token.const_data_ptr<int32_t>()};
+  return {tokens.const_data_ptr(), tokens.stride(0), call.row_token.const_data_ptr<int32_t>(),
+          tokens.size(0)};
 }
 
 cuda::ExpertMatrix matrix_of(const at::Tensor& weight, int64_t n_dim, int64_t k_dim) {
@@ -64,6 +66,15 @@ cuda::Epilogue activation(cuda::EpilogueKind kind, const FfnCall& call, const at
   return e;
 }
 
+void check_rows(const char* op, const FfnCall& call, const at::Tensor& row_assignment) {
+  const int64_t used = check_offsets(op, call.expert_offsets, call.rows);
+  check_indices(op, "row_token", call.row_token, call.tokens, false, used);
+  check_indices(op, "assignment_row", call.assignment_row, call.rows, true);
+  if (row_assignment.defined()) {
+    check_indices(op, "row_assignment", row_assignment, call.assignment_row.numel(), false, used);
+  }
+}
+
 at::Tensor contiguous(const at::Tensor& bias) { return bias.defined() ? bias.contiguous() : bias; }
 
 }  // namespace
@@ -71,7 +82,9 @@ at::Tensor contiguous(const at::Tensor& bias) { return bias.defined() ? bias.con
 // ---- forward
 
 FfnRows ffn_forward(const char* op, const OnDevice& device, const FfnCall& call,
-                    bool keep_preactivations, bool batch_invariant) {
+                    bool keep_preactivations, bool batch_invariant,
+                    const at::Tensor& row_assignment) {
+  check_rows(op, call, row_assignment);
   const auto options = call.x.options();
   const cuda::GemmContext context = context_of(device, call, batch_invariant);
   FfnRows result{
@@ -126,6 +139,7 @@ std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& 
                                                 const FfnCall& call, const Upstream& upstream,
                                                 const at::Tensor& preactivations,
                                                 std::array<bool, kGradients> wanted) {
+  check_rows(op, call, upstream.row_assignment);
   const auto options = call.x.options();
   const cuda::GemmContext context = context_of(device, call, false);
   const bool weighted = upstream.weights.defined();
@@ -153,6 +167,7 @@ std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& 
     e.weights = pointer(upstream.weights);
     e.weights_dtype = weights_dtype;
     e.row_assignment = row_assignment;
+    e.assignments = call.assignment_row.numel();
     at::Tensor score_parts;
     const int64_t tiles = cuda::column_tiles(gemm);
     if (wanted[kWeights]) {
@@ -199,9 +214,10 @@ std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& 
   const auto bias_gradient = [&](Gradient which, int64_t columns, cuda::RowMatrix rows,
                                  const at::Tensor& weights) {
     gradients[which] = at::empty({call.experts, columns}, options);
-    check_launch(op, cuda::bias_gradient({context, columns, rows, pointer(weights), weights_dtype,
-                                          row_assignment, gradients[which].mutable_data_ptr()},
-                                         device.stream()));
+    check_launch(op, cuda::bias_gradient(
+                         {context, columns, rows, pointer(weights), weights_dtype, row_assignment,
+                          call.assignment_row.numel(), gradients[which].mutable_data_ptr()},
+                         device.stream()));
   };
   if (wanted[kUpBias]) bias_gradient(kUpBias, call.width, rows_of(dh), {});
   if (wanted[kDownBias]) bias_gradient(kDownBias, call.hidden, dy, upstream.weights);

@@ -21,8 +21,11 @@
 #   make cuda-import  the whole extension against CUDA_TORCH, in a venv of its own (6 GB);
 #                     it must link, import, hold every op and work on the CPU
 #
-# On a machine with a GPU and nvcc (a part each takes less than 9 minutes):
-#   make gpu          all of: gpu-tests, gpu-sanitizer, gpu-bench
+# On a machine with a GPU and nvcc:
+#   make gpu          build, tests, three shapes of the benchmark, compute-sanitizer: 15 minutes;
+#                     tests/gpu/run.py says what, and leaves results in build/gpu
+#   make gpu-build, gpu-tests, gpu-bench, gpu-sanitizer    parts of it
+#   make gpu-dry      the same steps without a GPU, as far as they go
 #
 # A torch that PYTHON can import is used as it is; else TORCH is installed.
 # TORCH may hold any pip arguments: TORCH="torch==2.13.0 --index-url ...".
@@ -40,8 +43,9 @@ CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # xdist fills the cores with processes; a thread each is then the fastest.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: test demo finetune lint format mutants bench bench-models peers bench-peers installed kernels build clean \
-        emulated nvcc cuda-import gpu gpu-build gpu-tests gpu-sanitizer gpu-bench
+.PHONY: test demo finetune lint format mutants bench bench-models peers bench-peers installed \
+        kernels build clean emulated nvcc cuda-import gpu gpu-build gpu-tests gpu-sanitizer \
+        gpu-bench gpu-dry
 
 test: build
 	$(RUN) -m pytest -n auto $(ARGS)
@@ -120,26 +124,28 @@ $(CUDA_BUILD)/venv/ready:
 
 # ---- on a GPU ------------------------------------------------------------------------
 
-gpu: gpu-tests gpu-bench gpu-sanitizer
-
 # PYTHON as it is, if it has a torch with CUDA: such a machine may have no network.
 GPU_RUN = $(shell $(PYTHON) -c 'import torch; assert torch.version.cuda' 2> /dev/null && echo $(PYTHON) || echo $(RUN))
-gpu-build gpu-tests gpu-sanitizer gpu-bench: export PYTHONPATH := $(CURDIR)
-gpu-build: export MOE_EXT_BUILD = cuda
-gpu-build: export TORCH_CUDA_ARCH_LIST ?= $(shell $(GPU_RUN) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
-gpu-build: $(if $(filter $(RUN),$(GPU_RUN)),$(VENV)/ready)
-	@mkdir -p build
-	$(GPU_RUN) setup.py build_ext --inplace > build/log 2>&1 || { tail -n 100 build/log; exit 1; }
-	$(GPU_RUN) -m moe_ext
+GPU_PARTS = $(GPU_RUN) tests/gpu/run.py
 
-gpu-tests: gpu-build
-	$(GPU_RUN) tests/gpu/run.py tests $(ARGS)
+gpu gpu-build gpu-tests gpu-bench gpu-sanitizer: $(if $(filter $(RUN),$(GPU_RUN)),$(VENV)/ready)
+gpu:
+	$(GPU_PARTS) $(ARGS)
 
-gpu-sanitizer: gpu-build
-	$(GPU_RUN) tests/gpu/run.py sanitizer $(ARGS)
+gpu-build:
+	$(GPU_PARTS) build $(ARGS)
 
-gpu-bench: gpu-build
-	$(GPU_RUN) benchmarks/bench_layer.py --device cuda $(ARGS)
+gpu-tests:
+	$(GPU_PARTS) build primitives kernels gpu_only layer $(ARGS)
+
+gpu-bench:
+	$(GPU_PARTS) build bench $(ARGS)
+
+gpu-sanitizer:
+	$(GPU_PARTS) build memcheck racecheck synccheck initcheck $(ARGS)
+
+gpu-dry: build
+	$(RUN) tests/gpu/run.py --dry --out build/gpu-dry $(ARGS)
 
 build: $(VENV)/ready
 	@$(RUN) setup.py build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }

@@ -143,6 +143,12 @@ class BuildExt(cpp_extension.BuildExtension):
         super().finalize_options()
 
     def build_extensions(self):
+        if shutil.which(self.compiler.compiler_cxx[0]) is None:
+            sys.exit(
+                f"moe_ext: the C++ compiler {self.compiler.compiler_cxx[0]} was not found. Install"
+                " one: `apt-get install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora, RHEL),"
+                " or name another in CXX"
+            )
         # One header for the one file that needs it: as a flag, a new commit would
         # recompile every file.
         compiler = subprocess.run(

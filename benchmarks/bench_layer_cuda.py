@@ -15,6 +15,8 @@ device is kept busy while the host enqueues, so that the host's own time does no
 serving shape's call is also timed as a CUDA graph's replay, where the host has no part at
 all. Contestants take turns; a number is the median over the rounds. Outputs are compared
 with transformers' before anything is timed. Stops taking new shapes after --seconds.
+
+--dry goes through the same steps without a GPU, with tiny shapes and the host's clock.
 """
 
 import argparse
@@ -68,23 +70,62 @@ SHAPES = {
     **serving("serve_qwen3_30b", *QWEN3_30B),
     **serving("serve_mixtral", *MIXTRAL),
 }
+DRY_SHAPES = {
+    "dry": Shape(16, 64, 32, 8, 2),
+    "dry_skewed": Shape(64, 64, 32, 8, 2, "train", True),
+    "dry_serve": Shape(4, 64, 32, 8, 2, "serve"),
+}
 
 
 # ---- timing -----------------------------------------------------------------------
 
 
+class HostClock:
+    """A dry run's: what an event records is the host's time."""
+
+    def record(self):
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return (end.seconds - self.seconds) * 1e3
+
+
 class Timer:
     """Seconds on the device for one call."""
+
+    device = "cuda"
 
     def __init__(self):
         properties = torch.cuda.get_device_properties(0)
         size = max(256 << 20, 4 * properties.L2_cache_size)
         self.evict = torch.empty(size // 4, dtype=torch.int32, device="cuda")
 
-    def __call__(self, function):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    def event(self):
+        return torch.cuda.Event(enable_timing=True)
+
+    def prepare(self):
         self.evict.zero_()
         torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host gets ahead
+
+    def wait(self):
+        torch.cuda.synchronize()
+
+    def graphed(self, function):
+        """A function that replays what `function` launches."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        return graph.replay
+
+    def __call__(self, function):
+        begin, end = self.event(), self.event()
+        self.prepare()
         begin.record()
         function()
         end.record()
@@ -100,7 +141,7 @@ class Timer:
                 pair = self(function)
                 if round >= 0:
                     events[name].append(pair)
-            torch.cuda.synchronize()
+            self.wait()
         return {
             name: [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
             for name, pairs in events.items()
@@ -110,25 +151,26 @@ class Timer:
         return statistics.median(self.interleaved({"": function}, repeats)[""])
 
 
-def copy_bandwidth(timer, size=1 << 30):
+class DryTimer(Timer):
+    device, event = "cpu", HostClock
+
+    def __init__(self):
+        pass
+
+    def prepare(self):
+        pass
+
+    wait = prepare
+
+    def graphed(self, function):
+        return function
+
+
+def copy_bandwidth(timer, size):
     """Bytes a second, read and written ones together."""
-    source = torch.zeros(size // 4, dtype=torch.int32, device="cuda")
+    source = torch.zeros(size // 4, dtype=torch.int32, device=timer.device)
     target = torch.empty_like(source)
     return 2 * size / timer.median(lambda: target.copy_(source))
-
-
-def graphed(function):
-    """A function that replays what `function` launches."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
 
 
 # ---- contestants --------------------------------------------------------------------
@@ -170,7 +212,7 @@ def scattermoe(block, shape):
     mlp.experts.weight = torch.nn.Parameter(torch.cat([up, gate], 1))  # its first half is up
     mlp.output_experts.weight = torch.nn.Parameter(block.experts.down_proj.detach())
     peer = Behind(block, lambda x, weights, ids: peer.experts(x, weights, ids))
-    peer.experts = mlp.cuda()
+    peer.experts = mlp.to(block.gate.weight.device)
     return peer
 
 
@@ -200,10 +242,10 @@ def contestants(shape, layer, x):
     return sides, absent
 
 
-def skewed_tokens(layer, shape, dtype):
+def skewed_tokens(layer, shape, dtype, device):
     """As bench_layer.clear_tokens, but 30 % of the tokens choose expert 0 and none chooses
     one of the last eighth: two of the features say so."""
-    candidates = torch.randn(4 * shape.tokens, shape.hidden, device="cuda")
+    candidates = torch.randn(4 * shape.tokens, shape.hidden, device=device)
     candidates[:, 0], candidates[:, 1] = 4.0, 0.0
     with torch.no_grad():
         weight = layer.gate.weight
@@ -225,14 +267,14 @@ def skewed_tokens(layer, shape, dtype):
 class Bound:
     """The bound's GEMMs, forward and backward, over balanced experts."""
 
-    def __init__(self, shape, dtype):
+    def __init__(self, shape, dtype, device):
         rows = shape.tokens * shape.top_k
         experts = min(shape.num_experts, rows)
         each = -(-rows // experts)
         H, I = shape.hidden, shape.intermediate
 
         def random(*sizes):
-            return torch.randn(experts, *sizes, dtype=dtype, device="cuda")
+            return torch.randn(experts, *sizes, dtype=dtype, device=device)
 
         self.x, self.act = random(each, H), random(each, I)
         self.up, self.down = random(2 * I, H), random(H, I)
@@ -270,11 +312,11 @@ def summary(times, flops):
 
 def bench_case(name, shape, dtype, repeats, timer, bandwidth):
     torch.manual_seed(0)
-    layer = bench_layer.our_layer(shape, dtype, "cuda")
+    layer = bench_layer.our_layer(shape, dtype, timer.device)
     if shape.skewed:
-        x = skewed_tokens(layer, shape, dtype)
+        x = skewed_tokens(layer, shape, dtype, timer.device)
     else:
-        x = bench_layer.clear_tokens(layer, shape, dtype, "cuda")
+        x = bench_layer.clear_tokens(layer, shape, dtype, timer.device)
     sides, absent = contestants(shape, layer, x)
     flops = 6 * shape.tokens * shape.top_k * shape.hidden * shape.intermediate
     with torch.no_grad():
@@ -287,13 +329,13 @@ def bench_case(name, shape, dtype, repeats, timer, bandwidth):
         "max_load": counts.max().item() / counts.double().mean().item(),
         "not_compared": absent,
     }
-    bound = Bound(shape, dtype)
+    bound = Bound(shape, dtype, timer.device)
     calls = {side: bench_layer.inference(module.eval(), x) for side, module in sides.items()}
     times = timer.interleaved({**calls, "bound": bound.forward}, repeats)
     times["bound"] = [t + bound.forward_bytes / bandwidth for t in times["bound"]]
     case["forward"] = summary(times, flops)
     if shape.kind == "serve":
-        case["graph_seconds"] = timer.median(graphed(calls["ours"]), repeats)
+        case["graph_seconds"] = timer.median(timer.graphed(calls["ours"]), repeats)
         active = int((counts > 0).sum())
         expert = sum(p[0].numel() for p in layer.experts.parameters()) * x.element_size()
         case["weights_bytes"] = active * expert
@@ -363,13 +405,18 @@ def package(name):
         return None
 
 
-def machine():
-    properties = torch.cuda.get_device_properties(0)
+def machine(timer):
+    device = {"gpu": "none: a dry run"}
+    if timer.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        device = {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory": properties.total_memory,
+        }
     return {
-        "gpu": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory": properties.total_memory,
+        **device,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "built_for": moe_ext._load.BUILD_INFO["archs"],
@@ -421,27 +468,29 @@ def main():
     parser.add_argument("--seconds", type=float, default=480, help="takes no new shape after these")
     parser.add_argument("--out", default=harness.RESULTS / "layer_cuda.json")
     parser.add_argument("--dry-run", action="store_true", help="write no results")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, without a GPU")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not (arguments.dry or torch.cuda.is_available()):
         raise SystemExit("bench_layer.py --device cuda: torch sees no GPU")
+    shapes = DRY_SHAPES if arguments.dry else {name: SHAPES[name] for name in arguments.shapes}
+    timer = DryTimer() if arguments.dry else Timer()
 
     begin = time.time()
-    timer = Timer()
-    bandwidth = copy_bandwidth(timer)
-    about = dict(machine=machine(), copy_bandwidth=bandwidth)
+    bandwidth = copy_bandwidth(timer, 1 << (20 if arguments.dry else 30))
+    about = dict(machine=machine(timer), copy_bandwidth=bandwidth)
     provenance = harness.provenance()  # before results change the checkout
     print(f"{about['machine']}\ncopy bandwidth {bandwidth / 1e12:.2f} TB/s")
     print(f"| shape | | ours | TFLOP/s | of the bound | {' | '.join(PEERS)} |")
     print("| --- | --- |" + " ---: |" * (3 + len(PEERS)), flush=True)
     left_out = []
-    for name in arguments.shapes:
+    for name, shape in shapes.items():
         for dtype in arguments.dtypes:
             if time.time() - begin > arguments.seconds:
                 left_out.append(f"{name} {dtype}")
                 continue
             try:
                 case = bench_case(
-                    name, SHAPES[name], getattr(torch, dtype), arguments.repeats, timer, bandwidth
+                    name, shape, getattr(torch, dtype), arguments.repeats, timer, bandwidth
                 )
             except torch.OutOfMemoryError as error:
                 left_out.append(f"{name} {dtype} (out of memory: {str(error):.80})")

@@ -243,10 +243,11 @@ def machine(device="cpu"):
 
 def provenance():
     """Which sources a measurement was made from, and when."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True).stdout
+    from moe_ext import _load
+
     return {
-        "commit": commit.strip(),
+        # On a machine without the repository: what the library was built from.
+        "commit": _load.checkout_commit() or _load.BUILD_INFO["git"] or "unknown",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["python", *sys.argv]),
     }

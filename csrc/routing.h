@@ -17,6 +17,9 @@ struct RouteOptions {
   int64_t n_group, topk_group;
   GroupScore group_score;
   bool replay;
+  // softmax_topk's choice, unless something is added to its scores: the logits order as the
+  // softmax does, and do not underflow.
+  bool by_logits = false;
 };
 
 // The slots of accumulate_stats' `totals`; moe_ext/reference.py has the same list.

@@ -52,7 +52,7 @@ TORCH_LIBRARY(moe_ext, m) {
   // ---- capacity_scatter: experts (T, K) -> the plan
   m.def(
       "capacity_scatter(Tensor experts, SymInt num_experts, SymInt? capacity=None,"
-      " Tensor? weights=None, Tensor? padding_mask=None, str drop_policy=\"choice\","
+      " Tensor? weights=None, Tensor? padding_mask=None, str drop_policy=\"token\","
       " SymInt num_sequences=1) -> (Tensor expert_offsets, Tensor row_token, Tensor row_assignment,"
       " Tensor assignment_row, Tensor expert_counts)");
 
@@ -114,6 +114,6 @@ TORCH_LIBRARY(moe_ext, m) {
       "moe_infer(Tensor x, Tensor gate_weight, Tensor? gate_bias, " EXPERT_PARAMETERS
       ", Tensor(a!) counts, Tensor(b!) score_sums, Tensor(c!) totals, int top_k,"
       " Tensor? selection_bias=None, Tensor? padding_mask=None, " ROUTE_OPTIONS
-      ", SymInt? capacity=None, str drop_policy=\"choice\", SymInt num_sequences=1, "
+      ", SymInt? capacity=None, str drop_policy=\"token\", SymInt num_sequences=1, "
       FFN_OPTIONS ", bool batch_invariant=False) -> (Tensor y)");
 }

@@ -1,8 +1,8 @@
 """python -m moe_ext: a diagnosis that fits an issue report, with a self-test.
 
-The exit code is 0 when every stage is as near to the float64 reference as it has to
-be. Where the library does not load, MOE_EXT_BACKEND=reference python -m moe_ext
-still tells what it was built with and why it does not fit.
+The exit code is 0 when every stage is as near to the float64 reference as it has to be, on
+every device that torch sees. Where the library does not load, it tells what it was built with
+and why it does not fit, and fails.
 """
 
 import os
@@ -48,6 +48,8 @@ def facts():
         yield "built for", ", ".join(built["archs"])
         for problem in _load.mismatches(built, _load.running()):
             yield "misfit", problem
+    if _load.LOAD_ERROR is not None:
+        yield "not loaded", str(_load.LOAD_ERROR)
     yield "backend", f"{_load.BACKEND or 'by device'} (MOE_EXT_BACKEND)"
     yield (
         "cpu",
@@ -63,20 +65,28 @@ def facts():
             and not _load.runs_on(built["archs"], (major, minor))
         ):
             unfit = (
-                f": not built for it. Rebuild: export TORCH_CUDA_ARCH_LIST={major}.{minor} &&"
+                f": not built for it. Rebuild: export TORCH_CUDA_ARCH_LIST={_load.arch_list((major, minor))} &&"
                 f" {_load.rebuild_command()}"
             )
         yield f"gpu {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}{unfit}"
 
 
-def self_test(dtype):
+def devices():
+    """Those that the library runs on, or plain PyTorch."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if _load.BACKEND == "cuda":
+        return gpus
+    return ["cpu", *gpus] if _load.BACKEND is None or _load.BACKEND == "reference" else ["cpu"]
+
+
+def self_test(dtype, device="cpu"):
     """Every stage of a small layer, forward and backward, against the reference."""
     T, H, I, E = 65, 96, 48, 8
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
 
         def unit(*shape, fan_in=1):
-            return torch.randn(shape, dtype=torch.float64).div(fan_in**0.5).to(dtype)
+            return torch.randn(shape, dtype=torch.float64).div(fan_in**0.5).to(device, dtype)
 
         return compare_stages(
             unit(T, H),
@@ -90,16 +100,21 @@ def self_test(dtype):
 def main():
     for name, value in facts():
         print(f"{name:<11} {value}")
-    passed = all([report(dtype) for dtype in (torch.float32, torch.bfloat16)])
+    if _load.LOAD_ERROR is not None:
+        print("FAIL")
+        return 1
+    dtypes = (torch.float32, torch.bfloat16)
+    results = [report(dtype, device) for device in devices() for dtype in dtypes]
+    passed = all(results) and bool(results)
     print("PASS" if passed else "FAIL")
     return 0 if passed else 1
 
 
-def report(dtype):
-    """Prints the self-test's line for a dtype, all rows where one is off; whether it passed."""
-    name = str(dtype).removeprefix("torch.")
+def report(dtype, device):
+    """Prints the self-test's line for a dtype on a device, all rows where one is off; whether it passed."""
+    name = f"{device} {str(dtype).removeprefix('torch.')}"
     try:
-        comparison = self_test(dtype)
+        comparison = self_test(dtype, device)
     except Exception as error:  # whatever a broken build does belongs into the issue report
         print(f"self-test   {name}: {type(error).__name__}: {str(error).splitlines()[0]:.200}")
         return False

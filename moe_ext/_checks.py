@@ -16,7 +16,7 @@ from .reference import ACTIVATIONS, GATES
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "softmax_topk")
-DROP_POLICIES = ("choice", "token", "probs")
+DROP_POLICIES = ("token", "choice", "probs")
 
 
 def describe(value):
@@ -89,16 +89,16 @@ def check_dtype(op, name, value):
 # ---- the options of MoE ------------------------------------------------------------
 
 
-def check_top_k(top_k, num_experts_per_tok, num_experts):
+def one_top_k(top_k, num_experts_per_tok):
     """K from its two names; 2 where neither is given."""
     if top_k is None:
-        top_k = 2 if num_experts_per_tok is None else num_experts_per_tok
-    elif num_experts_per_tok is not None and num_experts_per_tok != top_k:
+        return 2 if num_experts_per_tok is None else num_experts_per_tok
+    if num_experts_per_tok is not None and num_experts_per_tok != top_k:
         raise ValueError(
             "MoE: top_k and num_experts_per_tok are two names of one number, and must be equal,"
             f" got {top_k!r} and {num_experts_per_tok!r}"
         )
-    return check_integer("MoE", "top_k", top_k, maximum=num_experts)
+    return top_k
 
 
 def check_groups(n_group, topk_group, group_score, num_experts, top_k):
@@ -114,6 +114,21 @@ def check_groups(n_group, topk_group, group_score, num_experts, top_k):
             f" groups, got {top_k}"
         )
     return dict(n_group=n_group, topk_group=topk_group, group_score=group_score)
+
+
+def check_routing_options(
+    num_experts, *, top_k, score_function, norm_topk_prob, routed_scaling_factor, **groups
+):
+    """What decides a token's experts and weights, as a dict."""
+    top_k = check_integer("MoE", "top_k", top_k, maximum=num_experts)
+    scale = check_number("MoE", "routed_scaling_factor", routed_scaling_factor, -math.inf)
+    return dict(
+        top_k=top_k,
+        score_function=check_name("MoE", "score_function", score_function, SCORE_FUNCTIONS),
+        norm_topk_prob=check_flag("MoE", "norm_topk_prob", norm_topk_prob),
+        routed_scaling_factor=scale,
+        **check_groups(num_experts=num_experts, top_k=top_k, **groups),
+    )
 
 
 def check_clamp(activation, limit, alpha, up_offset):
@@ -152,30 +167,44 @@ def check_shared(size, gate):
     return size
 
 
+def autocast_dtype(device_type):
+    """What autocast casts to on such a device, or None; it raises for those it does not know."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 # ---- the arguments of MoE.forward ----------------------------------------------------
 
 
-def check_tokens(x, hidden_size, weight):
-    """x: (..., H) in the dtype of the parameters, or any floating one under autocast."""
-    is_tensor = isinstance(x, torch.Tensor)
-    if (
-        is_tensor
-        and x.dim() >= 2
-        and x.shape[-1] == hidden_size
-        and x.dtype == weight.dtype
-        and x.device == weight.device
-    ):
-        return
-    dtype = str(weight.dtype).removeprefix("torch.")
-    expected = f"{dtype} of shape (..., {hidden_size}), two dimensions or more"
-    if not is_tensor or x.dtype not in FLOATS:
+def check_tokens(x, hidden_size):
+    """x: (..., H), floating and dense; its dtype and device are for those who hold parameters."""
+    expected = f"a floating tensor of shape (..., {hidden_size})"
+    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"MoE: x must be {expected}, got {describe(x)}")
-    if x.dim() < 2 or x.shape[-1] != hidden_size:
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(
+            f"MoE: x must be {expected}, got a {kind} one: give the values of a nested tensor"
+            " (x.values()), or torch.nested.to_padded_tensor(x, 0.0) and a padding_mask"
+        )
+    if x.dim() < 1 or x.shape[-1] != hidden_size:
         raise ValueError(f"MoE: x must be {expected}, got {describe(x)}")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"MoE: x must be {expected} (or under autocast), got {describe(x)}")
+
+
+def check_same_device(x, weight):
     if x.device != weight.device:
         raise ValueError(f"MoE: x must be on the parameters' {weight.device}, got {x.device}")
+
+
+def check_same_dtype(x, weight):
+    """x in the dtype of the parameters, or any floating one under autocast."""
+    if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"MoE: x must be {dtype} as the experts' parameters (or under autocast),"
+            f" got {describe(x)}"
+        )
 
 
 def check_mask(op, name, mask, shape=None):

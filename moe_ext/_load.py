@@ -10,11 +10,15 @@ Unset, a tensor's device decides.
 """
 
 import importlib
+import importlib.metadata
 import json
 import mmap
 import os
 import platform
+import re
 import subprocess
+import sys
+import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -22,6 +26,9 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parent
 BACKENDS = ("reference", "cpu", "cuda", "emulated")
+
+# The oldest torch and the newest with which the suite passes; pyproject.toml says the same.
+TORCH = ((2, 11), (2, 14))
 
 GIT_DESCRIBE = ("--always", "--dirty", "--abbrev=12", "--exclude=*")  # as in setup.py
 _MARK = b"moe_ext build info: "
@@ -35,6 +42,20 @@ def backend_from_environment():
     return name
 
 
+def check_torch(version):
+    """Refuses a torch older than what is supported, and warns of a newer one."""
+    release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    oldest, newest = TORCH
+    text = (
+        f"moe_ext supports torch {'.'.join(map(str, oldest))} to {'.'.join(map(str, newest))},"
+        f" found torch {version}"
+    )
+    if release < oldest:
+        raise ImportError(text)
+    if release > newest:
+        warnings.warn(f"{text}: nobody has tried it yet", stacklevel=2)
+
+
 def rebuild_command():
     if (PACKAGE.parent / "setup.py").exists():
         return f"cd {PACKAGE.parent} && python setup.py build_ext --inplace"
@@ -42,6 +63,10 @@ def rebuild_command():
         "pip install --no-build-isolation --no-deps --force-reinstall ., in the folder of"
         " moe_ext's sources"
     )
+
+
+def build_for_cuda():
+    return f"Rebuild it with `export MOE_EXT_BUILD=cuda`: {rebuild_command()}"
 
 
 def find_library(folder=PACKAGE):
@@ -128,6 +153,48 @@ def runs_on(archs, capability):
     return any(map(fits, archs))
 
 
+def arch_list(capability):
+    """TORCH_CUDA_ARCH_LIST for a GPU: 9.0 alone would lack what only an H100 has."""
+    return "{}.{}".format(*capability) + "a" * (capability == (9, 0))
+
+
+def carried():
+    """Whether a CUDA library of this checkout lies here that runs on the GPU of this machine."""
+    library = find_library()
+    built = read_build_info(library) if library else {"cuda": None}
+    return (
+        built["cuda"] is not None
+        and not mismatches(built, running())
+        and checkout_commit() in (None, built["git"])
+        and runs_on(built["archs"], torch.cuda.get_device_capability())
+    )
+
+
+def hidden_installation():
+    """Where a complete moe_ext is installed that this source tree stands in front of, or None."""
+    if not (PACKAGE.parent / "setup.py").exists():
+        return None
+    for installed in importlib.metadata.distributions(name="moe_ext"):
+        folder = Path(installed.locate_file("moe_ext")).resolve()
+        if folder != PACKAGE and find_library(folder):
+            return folder
+    return None
+
+
+def missing():
+    """What to say where there is no library."""
+    if installed := hidden_installation():
+        return (
+            f"moe_ext: the source tree {PACKAGE.parent}, which has no compiled library, hides the"
+            f" installed package {installed}. Run Python in another folder, or build the library"
+            f" here too: {rebuild_command()}"
+        )
+    return (
+        f"moe_ext: the compiled library is missing. Build it: {rebuild_command()}"
+        " (or set MOE_EXT_BACKEND=reference to run in plain PyTorch)"
+    )
+
+
 def find_emulated_library():
     kind = os.environ.get("MOE_EXT_EMULATOR_BUILD", "fast")
     library = PACKAGE.parent / "build" / "emulator" / kind / "moe_ext_emulated.so"
@@ -143,10 +210,7 @@ def load(backend):
     """Loads the library, or says why it cannot be; returns its build info."""
     library = find_emulated_library() if backend == "emulated" else find_library()
     if library is None:
-        raise ImportError(
-            f"moe_ext: the compiled library is missing. Build it: {rebuild_command()}"
-            " (or set MOE_EXT_BACKEND=reference to run in plain PyTorch)"
-        )
+        raise ImportError(missing())
     built = read_build_info(library)
     problems = mismatches(built, running())
     if problems:
@@ -157,7 +221,13 @@ def load(backend):
     if backend == "cuda" and built["cuda"] is None:
         raise ImportError(
             f"moe_ext: MOE_EXT_BACKEND=cuda, but {library} was built without CUDA."
-            f" Rebuild it with `export MOE_EXT_BUILD=cuda`: {rebuild_command()}"
+            f" {build_for_cuda()}"
+        )
+    if backend is None and built["cuda"] is None and running()["cuda"] is not None:
+        warnings.warn(
+            f"moe_ext was built for the CPU alone, and this torch has CUDA {running()['cuda']}."
+            f" {build_for_cuda()} (or set MOE_EXT_BACKEND=cpu, if no GPU is wanted)",
+            stacklevel=2,
         )
     if backend != "emulated" or (library.parent / "needs_cpu").exists():
         importlib.import_module("moe_ext._C")
@@ -175,5 +245,19 @@ def load(backend):
     return built
 
 
+def is_diagnosis():
+    """Whether this is `python -m moe_ext`."""
+    _, _, module = " ".join(sys.orig_argv).partition(" -m ")
+    return module.split()[:1] == ["moe_ext"]
+
+
+check_torch(torch.__version__)
 BACKEND = backend_from_environment()
-BUILD_INFO = None if BACKEND == "reference" else load(BACKEND)
+LOAD_ERROR = BUILD_INFO = None
+try:
+    if BACKEND != "reference":
+        BUILD_INFO = load(BACKEND)
+except ImportError as error:
+    if not is_diagnosis():
+        raise
+    LOAD_ERROR, BACKEND = error, "reference"  # `python -m moe_ext` tells all the more

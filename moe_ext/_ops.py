@@ -5,6 +5,7 @@ The schemas stand in csrc/schema.cpp, the gradients in csrc/autograd.cpp.
 
 import torch
 
+from ._compat import smaller
 from .reference import accumulation_dtype
 
 ops = torch.ops.moe_ext
@@ -63,7 +64,7 @@ def _(experts, num_experts, capacity=None, *_, num_sequences=1, **__):
     tokens, top_k = experts.shape
     rows = tokens * top_k
     if capacity is not None:
-        rows = torch.sym_min(rows, num_experts * capacity * num_sequences)
+        rows = smaller(rows, num_experts * capacity * num_sequences)
     return tuple(
         experts.new_empty(shape, dtype=torch.int32)
         for shape in ((num_experts + 1,), (rows,), (rows,), (tokens, top_k), (num_experts,))
@@ -143,3 +144,7 @@ def _(*_, **__):
 @_fake("moe_infer")
 def _(x, *_, **__):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# Last: it needs the ops.
+from . import flops  # noqa: E402, F401

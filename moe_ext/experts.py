@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from . import functional
+from ._checks import check_same_device, check_same_dtype
 from .reference import ACTIVATIONS, GATES, gated_activation
 
 
@@ -63,7 +64,10 @@ class Experts(nn.Module):
 
     def forward(self, x, weights, plan):
         """x (T, H), weights (T, K) and the plan -> the weighted sum of each token's rows (T, H)."""
-        return functional.moe_forward(x, weights, plan, *self.weights(), **self.options)
+        parameters = self.weights()
+        check_same_device(x, parameters[0])
+        check_same_dtype(x, parameters[0])
+        return functional.moe_forward(x, weights, plan, *parameters, **self.options)
 
     def extra_repr(self):
         up = self.weights()[0]

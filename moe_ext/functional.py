@@ -30,7 +30,8 @@ import re
 import torch
 
 from . import reference
-from ._load import BACKEND
+from ._checks import autocast_dtype
+from ._load import BACKEND, BUILD_INFO, build_for_cuda
 from .types import Plan, Route
 
 ops = torch.ops.moe_ext
@@ -62,10 +63,9 @@ def batch_invariant(enabled=True):
 
 def _autocast(x, *others):
     """x and the experts' parameters in autocast's dtype, where autocast is on."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
         return (x, *others)
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
 
 
@@ -73,11 +73,41 @@ def _needs_gradient(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+# A forced path takes the tensors of its own device alone.
+_FORCED = {"cpu": "cpu", "cuda": "cuda"}.get(BACKEND)
+_OTHER = {"cpu": "cuda", "cuda": "cpu"}.get(_FORCED)
+
+
+def _check_forced(name, args):
+    for tensor in args:
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == _OTHER:
+            raise ValueError(
+                f"{name}: MOE_EXT_BACKEND={BACKEND} takes tensors on {_FORCED}, got one on"
+                f" {tensor.device}"
+            )
+
+
+def _unsupported(error):
+    """The dispatcher's text where it has no kernel, in our words, or None."""
+    found = re.match(
+        r"Could not run 'moe_ext::(\w+)' with arguments from the '(\w+)' backend", str(error)
+    )
+    if found is None:
+        return None
+    op, backend = found.groups()
+    text = f"{op}: tensors of the {backend} backend are not supported"
+    if backend == "CUDA" and BUILD_INFO["cuda"] is None:
+        text = f"{op}: the tensors are on a GPU, and moe_ext was built for the CPU alone. {build_for_cuda()}"
+    return NotImplementedError(text)
+
+
 def _call(name, *args):
     """The op; what it cannot take is refused in words."""
     op = getattr(ops, name)
     if torch.compiler.is_compiling():
         return op(*args)
+    if _FORCED:
+        _check_forced(name, args)
     # The ops' gradients are unknown to torch.func: a silent zero there.
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
@@ -87,6 +117,8 @@ def _call(name, *args):
     try:
         return op(*args)
     except RuntimeError as error:
+        if told := _unsupported(error):
+            raise told from None
         # The dispatcher's word for an argument that is not of the schema's type.
         wrong = re.match(
             r"moe_ext::(\w+)\(\) Expected a value of type '(?:Optional\[)?(\w+)\]?'"
@@ -143,7 +175,9 @@ def topk_route(
         weights /= sum(weights) + 1e-20                 with norm_topk_prob
         weights *= routed_scaling_factor
 
-    softmax_topk chooses by softmax and weights by softmax over the chosen logits.
+    softmax_topk weights by softmax over the chosen logits, and chooses by the logits: as
+    the softmax orders them, also where it underflows. With a selection_bias, or groups
+    scored by "top2_sum", it chooses by the softmax.
 
     Args:
         logits: (T, E), any floating dtype; scores are float32 (float64 for float64).
@@ -193,7 +227,7 @@ def capacity_scatter(
     *,
     weights=None,
     padding_mask=None,
-    drop_policy="choice",
+    drop_policy="token",
     num_sequences=1,
 ):
     """The plan: which assignment becomes which row, and which are dropped.
@@ -208,9 +242,10 @@ def capacity_scatter(
         capacity: C, the most rows an expert takes (of each sequence); None: no limit.
         weights: (T, K), floating: what drop_policy "probs" goes by; unused otherwise.
         padding_mask: (T,) bool; padding takes no capacity and counts nowhere.
-        drop_policy: who stays in a full expert. "choice": all first choices in token
-            order, then all second ones, ... (GShard); "token": by t*K + j (megablocks);
-            "probs": the largest weights, ties by t*K + j, NaN last.
+        drop_policy: who stays in a full expert. "token": by t*K + j (megablocks), so that
+            no later token matters to an earlier one; "choice": all first choices in token
+            order, then all second ones, ... (GShard); "probs": the largest weights, ties by
+            t*K + j, NaN last.
         num_sequences: the T tokens are so many sequences of equal length, and each fills
             the experts by itself.
 

@@ -24,15 +24,18 @@ def operands(layer, x):
     if layer.training or BACKEND == "reference" or torch.compiler.is_compiling():
         return None
     gate, experts = layer.gate, layer.experts
-    # Options that the op does not have.
-    if layer.renormalize_after_drop or gate.input_dtype is not None:
+    # Statistics that others count along, or that have yet to follow the tokens' device.
+    if layer._routing_watchers or layer._stats.counts.device != x.device:
         return None
     # Hooks watch the modules, modes the ops; or another module stands in their place.
     if _has_any_global_hook() or torch._C._len_torch_dispatch_stack():
         return None
     if not (_runs_alone(gate, Router) and _runs_alone(experts, Experts)):
         return None
-    tensors = (gate.weight, gate.bias, gate.e_score_correction_bias, *experts.weights())
+    # Options that the op does not have.
+    if layer.renormalize_after_drop or gate.input_dtype is not None:
+        return None
+    tensors = (gate.weight, gate.bias, gate.float32_bias(), *experts.weights())
     # Subclasses (DTensor, fake and quantised tensors ...) have ways of their own.
     if type(x) not in _PLAIN:
         return None

@@ -14,7 +14,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from ._checks import SCORE_FUNCTIONS, check_name, check_number, describe
+from ._checks import SCORE_FUNCTIONS, autocast_dtype, check_name, check_number, describe
 from .reference import accumulation_dtype, scores_of
 
 NORMALIZATIONS = ("assignments", "switch", "hf")
@@ -42,11 +42,14 @@ def z_loss(logits, padding_mask=None):
     Returns a float32 scalar (float64 for float64 logits), differentiable in logits.
     """
     logits = logits.to(accumulation_dtype(logits.dtype))
-    logsumexp = logits.logsumexp(-1).reshape(-1)
     if padding_mask is None:
+        logsumexp = logits.logsumexp(-1).reshape(-1)
         return mean_square(logsumexp, max(logsumexp.shape[0], 1))
-    present = ~padding_mask.reshape(-1)
-    return mean_square(torch.where(present, logsumexp, 0.0), present.sum().clamp(min=1))
+    padding_mask = padding_mask.reshape(logits.shape[:-1])
+    # Both ways: padding may hold NaN, whose gradient a later 0 does not stop.
+    logits = logits.masked_fill(padding_mask[..., None], 0)
+    logsumexp = logits.logsumexp(-1).masked_fill(padding_mask, 0).reshape(-1)
+    return mean_square(logsumexp, (~padding_mask).sum().clamp(min=1))
 
 
 def mean_square(logsumexp, tokens):
@@ -112,6 +115,8 @@ def load_balancing_loss(
     measured = []
     for layer_logits, layer_experts in layers:
         num_experts = layer_logits.shape[1]
+        if present is not None:  # before the scores: padding may hold NaN
+            layer_logits = layer_logits.masked_fill(~present[:, None], 0)
         scores = scores_of(layer_logits.to(accumulation_dtype(layer_logits.dtype)), score_function)
         if score_function == "sigmoid":
             scores = scores / scores.sum(-1, keepdim=True)
@@ -201,23 +206,39 @@ def inject(route, present, scale, aux_coef, z_coef):
     )  # fmt: skip
 
 
-_warned = False
+_warned = set()
 
 
-def warn_of_float16(x):
-    """Once a process: float16 training whose losses nobody scales."""
-    global _warned
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    if dtype == torch.float16 and not _warned:
-        _warned = True
+def warn_unscaled(x, layer):
+    """Once a process and cause: training whose injected losses are not scaled."""
+    if (autocast_dtype(x.device.type) or x.dtype) == torch.float16:
+        _warn_once("training in float16", "unscaled, where GradScaler scales the loop's own loss")
+    if _accumulates(layer):
+        _warn_once("accumulating gradients", "in full with every backward pass of a step")
+
+
+def _accumulates(layer):
+    """Whether a gradient is there while the weight is still that of the last such forward.
+
+    A loop that keeps gradients as zeros has a gradient too, but a step in between.
+    """
+    weight = next((p for p in layer.gate.parameters() if p.requires_grad), None)
+    if weight is None:
+        return False
+    before, layer._version_seen = layer._version_seen, weight._version
+    recomputed = torch._C._current_graph_task_id() != -1
+    return weight.grad is not None and weight._version == before and not recomputed
+
+
+def _warn_once(what, how):
+    if what not in _warned:
+        _warned.add(what)
         warnings.warn(
-            "moe_ext: training in float16 injects the router's losses unscaled, where GradScaler"
-            " scales the loop's own loss. Before each step call moe_ext.set_loss_scale(model,"
-            " scaler.get_scale() / accumulation_steps), or set_loss_scale(model, 1.0) if that"
-            " is meant.",
-            stacklevel=4,
+            f"moe_ext: {what} injects the router's losses {how}. Before each step call"
+            " moe_ext.set_loss_scale(model, scale), where scale is scaler.get_scale() (1.0 without"
+            " a GradScaler) / accumulation_steps; or set_loss_scale(model, 1.0) if that is meant."
+            " In transformers' Trainer RoutingCallback does it.",
+            stacklevel=5,
         )
 
 
@@ -233,7 +254,7 @@ def set_loss_scale(model, scale):
         model: a module; all `MoE` inside take part.
         scale: a finite number, or a tensor with one element (nothing is read back to
             the host). It is written in place into each layer's `loss_scale`, a
-            float32 tensor outside of the state_dict, 1.0 at first.
+            float64 tensor outside of the state_dict, 1.0 at first.
 
     Raises:
         TypeError, ValueError: not a number or one-element tensor; NaN or infinite.
@@ -241,7 +262,9 @@ def set_loss_scale(model, scale):
     from .moe import MoE
 
     if not isinstance(scale, torch.Tensor):
-        scale = torch.tensor(check_number("set_loss_scale", "scale", scale))
+        scale = torch.tensor(
+            check_number("set_loss_scale", "scale", scale), dtype=torch.float64, device="cpu"
+        )
     elif scale.numel() != 1:
         raise ValueError(
             f"set_loss_scale: scale must be a number or a tensor of one element,"

@@ -1,35 +1,37 @@
 """The layer: a token's way through the stages."""
 
+import itertools
 import math
+import warnings
 
 import torch
 from torch import nn
 
 from . import inference, losses
 from ._checks import (
-    DROP_POLICIES,
-    SCORE_FUNCTIONS,
     check_clamp,
     check_dtype,
     check_flag,
-    check_groups,
     check_integer,
     check_layout,
     check_mask,
-    check_name,
     check_number,
     check_routing,
+    check_routing_options,
     check_shared,
     check_tokens,
-    check_top_k,
+    one_top_k,
 )  # fmt: skip
+from ._compat import is_exporting, smaller
 from .experts import Experts, SharedExperts
 from .functional import capacity_scatter
 from .masking import current_padding
-from .routing import Capacity, Router, Routing, renormalize_after_drop
-from .stats import RoutingStats
+from .options import with_options
+from .routing import Router, Routing, capacity_of, renormalize_after_drop
+from .stats import RoutingStats, home
 
 
+@with_options
 class MoE(nn.Module):
     """A Mixture of Experts in place of a feed-forward network.
 
@@ -37,8 +39,8 @@ class MoE(nn.Module):
         experts, weights = the top_k best of each token's scores
         y_t = sum_j weights[t, j] * FFN_experts[t, j](x_t)  +  shared experts(x_t)
 
-    x is (..., hidden_size), of at least two dimensions, in the dtype of the
-    parameters (any under autocast); y has its shape and dtype. T is the number of
+    x is (..., hidden_size), in the dtype of the parameters (any under autocast); one
+    dimension is one token; y has its shape and dtype. T is the number of
     tokens in x, E = num_experts, K = top_k, H = hidden_size, I = intermediate_size.
 
         layer = moe_ext.MoE(512, 1792, num_experts=8, top_k=2)
@@ -63,7 +65,8 @@ class MoE(nn.Module):
         score_function: "softmax" over the E logits, "sigmoid", or "softmax_topk",
             softmax over the K chosen logits.
         norm_topk_prob: divide a token's K weights by their sum (not for softmax_topk,
-            whose weights sum to 1).
+            whose weights sum to 1). With top_k=1 that makes every weight 1: only the losses
+            train the router then, and a warning says so.
         routed_scaling_factor: a factor on the weights.
         n_group, topk_group, group_score: the experts form n_group groups of neighbours,
             each scored by its best expert ("max") or the sum of its best two
@@ -80,10 +83,11 @@ class MoE(nn.Module):
         expert_capacity: an absolute C, in training and eval, instead of the factors.
         capacity_scope: "batch", or "sequence": x is (..., S, H), C comes from S, and
             every sequence fills the experts by itself (Switch in `transformers`).
-        drop_policy: who stays when an expert is full: "choice": all first choices in
-            token order, then all second ones (GShard); "token": tokens in order;
+        drop_policy: who stays when an expert is full: "token": tokens in order;
+            "choice": all first choices in token order, then all second ones (GShard);
             "probs": the largest weights. "choice" and "probs" let later tokens displace
-            earlier ones, so with a capacity they are not causal.
+            earlier ones: with a capacity the future leaks into a causal language model's
+            training.
         renormalize_after_drop: scale a token's kept weights up to the sum of all of
             them; 0 where all were dropped.
 
@@ -106,7 +110,8 @@ class MoE(nn.Module):
 
     forward:
         padding_mask: bool, x.shape[:-1], True is padding. Padding takes no capacity,
-            counts in no loss and no statistic, and its output is 0. See also `padding`.
+            counts in no loss and no statistic, its output is 0 and so is its gradient,
+            whatever it holds, NaN too. See also `padding`.
         routing: a recorded `Routing`: its experts and its plan are taken again, the
             weights come from the current logits, with gradient.
         return_routing: return (y, Routing).
@@ -154,7 +159,7 @@ class MoE(nn.Module):
         min_capacity=4,
         expert_capacity=None,
         capacity_scope="batch",
-        drop_policy="choice",
+        drop_policy="token",
         renormalize_after_drop=False,
         aux_loss_coef=0.01,
         z_loss_coef=0.0,
@@ -169,11 +174,9 @@ class MoE(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        self.hidden_size = check_integer("MoE", "hidden_size", hidden_size)
-        self.intermediate_size = check_integer("MoE", "intermediate_size", intermediate_size)
-        self.num_experts = check_integer("MoE", "num_experts", num_experts)
-        self.top_k = check_top_k(top_k, num_experts_per_tok, num_experts)
-        self.activation = activation
+        size = check_integer("MoE", "hidden_size", hidden_size)
+        width = check_integer("MoE", "intermediate_size", intermediate_size)
+        num_experts = check_integer("MoE", "num_experts", num_experts)
         ffn = dict(
             activation=activation,
             bias=check_flag("MoE", "bias", bias),
@@ -181,63 +184,73 @@ class MoE(nn.Module):
         )
         layout = check_layout(activation, transposed, interleaved)
         shared_size = check_shared(shared_expert_intermediate_size, shared_expert_gate)
-
-        self.score_function = check_name("MoE", "score_function", score_function, SCORE_FUNCTIONS)
-        scale = check_number("MoE", "routed_scaling_factor", routed_scaling_factor, -math.inf)
-        self.bias_update_rate = check_number("MoE", "bias_update_rate", bias_update_rate)
-        router = dict(
+        self._routing = check_routing_options(
+            num_experts,
+            top_k=one_top_k(top_k, num_experts_per_tok),
             score_function=score_function,
-            norm_topk_prob=check_flag("MoE", "norm_topk_prob", norm_topk_prob),
-            routed_scaling_factor=scale,
-            **check_groups(n_group, topk_group, group_score, num_experts, self.top_k),
+            norm_topk_prob=norm_topk_prob,
+            routed_scaling_factor=routed_scaling_factor,
+            n_group=n_group,
+            topk_group=topk_group,
+            group_score=group_score,
+        )
+        if self.top_k == 1 < num_experts and (norm_topk_prob or score_function == "softmax_topk"):
+            warnings.warn(
+                "MoE: a single weight that is normalised is always 1, so that with top_k=1 nothing"
+                " but the losses trains the router; norm_topk_prob=False (with score_function"
+                " softmax or sigmoid) takes the score as the weight",
+                stacklevel=2,
+            )
+        balances = check_number("MoE", "bias_update_rate", bias_update_rate) > 0
+        router = dict(
             bias=check_flag("MoE", "gate_bias", gate_bias),
             score_correction_bias=(
-                check_flag("MoE", "score_correction_bias", score_correction_bias)
-                or self.bias_update_rate > 0
+                check_flag("MoE", "score_correction_bias", score_correction_bias) or balances
             ),
             input_dtype=check_dtype("MoE", "router_dtype", router_dtype),
         )
-        self.jitter_eps = check_number("MoE", "jitter_eps", jitter_eps, below=1.0)
-        self.jitter_target = check_name("MoE", "jitter_target", jitter_target, ("router", "block"))
-
-        self.min_capacity = check_integer("MoE", "min_capacity", min_capacity, minimum=0)
+        init_std = check_number("MoE", "init_std", init_std)
+        check_dtype("MoE", "dtype", dtype)
+        vars(self).update(
+            hidden_size=size,
+            intermediate_size=width,
+            num_experts=num_experts,
+            activation=activation,
+            init_std=init_std,
+        )
+        self._capacity_ratios = {}
+        self.jitter_eps = jitter_eps
+        self.jitter_target = jitter_target
+        self.min_capacity = min_capacity
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
-        if expert_capacity is not None:
-            expert_capacity = check_integer("MoE", "expert_capacity", expert_capacity)
         self.expert_capacity = expert_capacity
-        self.capacity_scope = check_name(
-            "MoE", "capacity_scope", capacity_scope, ("batch", "sequence")
-        )
-        self.drop_policy = check_name("MoE", "drop_policy", drop_policy, DROP_POLICIES)
-        self.renormalize_after_drop = check_flag(
-            "MoE", "renormalize_after_drop", renormalize_after_drop
-        )
+        self.capacity_scope = capacity_scope
+        self.drop_policy = drop_policy
+        self.renormalize_after_drop = renormalize_after_drop
+        self.aux_loss_coef = aux_loss_coef
+        self.z_loss_coef = z_loss_coef
+        self.inject_losses = inject_losses
 
-        self.aux_loss_coef = check_number("MoE", "aux_loss_coef", aux_loss_coef)
-        self.z_loss_coef = check_number("MoE", "z_loss_coef", z_loss_coef)
-        self.inject_losses = check_flag("MoE", "inject_losses", inject_losses)
-
-        self.init_std = check_number("MoE", "init_std", init_std)
-        check_dtype("MoE", "dtype", dtype)
-        common = dict(init_std=self.init_std, device=device, dtype=dtype)
-        self.gate = Router(hidden_size, num_experts, self.top_k, **router, **common)
-        self.experts = Experts(
-            hidden_size, intermediate_size, num_experts, **ffn, **layout, **common
-        )
+        common = dict(init_std=init_std, device=device, dtype=dtype)
+        self.gate = Router(size, num_experts, self._routing, **router, **common)
+        self.experts = Experts(size, width, num_experts, **ffn, **layout, **common)
         self.shared_experts = self.shared_expert_gate = None
         if shared_size:
-            self.shared_experts = SharedExperts(hidden_size, shared_size, **ffn, **common)
+            self.shared_experts = SharedExperts(size, shared_size, **ffn, **common)
         if shared_expert_gate:
-            self.shared_expert_gate = nn.Linear(hidden_size, 1, False, device, dtype)
-            nn.init.normal_(self.shared_expert_gate.weight, std=self.init_std)
+            self.shared_expert_gate = nn.Linear(size, 1, False, device, dtype)
+            nn.init.normal_(self.shared_expert_gate.weight, std=init_std)
 
-        # Plain tensors, outside of the state_dict; they follow the gate's device.
+        # Plain tensors, outside of the state_dict; `_move_state` has them follow the tokens.
         device = self.gate.weight.device
-        self._stats = RoutingStats(num_experts, self.bias_update_rate > 0, device)
-        self.loss_scale = torch.ones((), device=device)
+        self._stats = RoutingStats(num_experts, balances, device)
+        # Others that count along, each (in training, in evaluation), read and reset by their owner.
+        self._routing_watchers = []
+        self.bias_update_rate = bias_update_rate
+        self.loss_scale = torch.ones((), dtype=torch.float64, device=home(device))
         self._loss_scale_is_set = False
-        self._takes_context_padding = False
+        self._version_seen = None  # see losses.warn_unscaled
 
     @classmethod
     def from_dense(cls, ffn, num_experts=8, top_k=None, **options):
@@ -247,17 +260,25 @@ class MoE(nn.Module):
         were copied from, so the layer gives the dense layer's output at the start
         (Komatsuzaki et al. 2022). Shared experts, if any, start with a down_proj of 0.
 
+        With top_k=1 such a weight would be 1 for ever, and the router could not learn. So it
+        is the score itself (norm_topk_prob=False), scaled to 1 where all scores are equal,
+        and the router starts that close to it (logits of 1e-5; in half precision a 16th
+        of the dtype's eps). norm_topk_prob=True keeps the weight at 1.
+
         Args:
             ffn: a module of two linear maps with an activation between them, or of three
                 with a gate (or gate and up in one), under any names: what it computes is
-                found by trying it on a few tokens. Left as it is.
+                found by trying it on a few tokens, with other parameters and without its
+                hooks. Left as it is.
             num_experts, top_k, **options: of `MoE`; capacity_factor is None (dropless)
-                unless given; device, dtype, biases and mode are the FFN's.
+                unless given; device, dtype, biases and mode are the FFN's, and copies of
+                a frozen matrix are frozen.
             activation: (option) tells which one it is instead of trying all.
 
         Raises:
-            TypeError, ValueError: ffn is no such module, or the options do not make a
-                token's weights sum to 1.
+            TypeError, ValueError: ffn is no such module, or on the meta device; the
+                options do not make a token's weights sum to 1; or one of gate and up,
+                which become one parameter, is frozen.
         """
         from .replace import upcycle
 
@@ -319,7 +340,7 @@ class MoE(nn.Module):
 
     def forward(self, x, *, padding_mask=None, routing=None, return_routing=False):
         """See the class."""
-        check_tokens(x, self.hidden_size, self.experts.down_proj)
+        check_tokens(x, self.hidden_size)
         padding_mask = self._padding_of(x, padding_mask)
         if routing is None and not return_routing:
             operands = inference.operands(self, x)
@@ -329,6 +350,8 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, self.hidden_size)
         if padding_mask is not None:
             padding_mask = padding_mask.reshape(-1)
+            # It may hold anything, and a gradient of 0 times NaN is NaN.
+            tokens = tokens.masked_fill(padding_mask[:, None], 0)
 
         router_tokens = tokens
         if self.training and self.jitter_eps > 0:
@@ -347,6 +370,8 @@ class MoE(nn.Module):
             if plan is None:
                 plan = self._plan(x.shape, route, padding_mask)
 
+        if self._stats.counts.device != logits.device:
+            self._move_state(logits.device)
         weights, aux_loss, z_loss = self._losses(x, route, padding_mask, return_routing)
         if self.renormalize_after_drop:
             weights = renormalize_after_drop(weights, plan.assignment_row)
@@ -354,11 +379,16 @@ class MoE(nn.Module):
             weights = weights.float()  # of a float64 router
 
         # Before the experts, whose weights push the routing out of the caches. An exported program
-        # has no place for a tensor that is not a buffer and changes.
-        if not torch.compiler.is_exporting():
-            self._stats.accumulate(
-                logits, route, plan.assignment_row, padding_mask, self.score_function, self.training
-            )
+        # has no place for a tensor that is not a buffer and changes; meta tensors say nothing.
+        if not (is_exporting() or logits.is_meta):
+            for stats in (
+                self._stats,
+                *(pair[not self.training] for pair in self._routing_watchers),
+            ):
+                stats.accumulate(
+                    logits, route, plan.assignment_row, padding_mask, self.score_function,
+                    self.training,
+                )  # fmt: skip
         y = self._with_shared(self.experts(tokens, weights, plan), tokens, padding_mask)
         y = y.view(x.shape)
         if not return_routing:
@@ -370,17 +400,7 @@ class MoE(nn.Module):
         if mask is not None:
             check_mask("MoE", "padding_mask", mask, x.shape[:-1])
             return mask
-        mask = current_padding()
-        if not torch.compiler.is_compiling():
-            if mask is not None:
-                self._takes_context_padding = True
-            elif self._takes_context_padding:
-                if torch._C._current_graph_task_id() != -1:
-                    raise RuntimeError(
-                        "MoE: a backward pass recomputes this layer without the padding mask of"
-                        " its forward pass: call backward() inside `with moe_ext.padding(mask)`"
-                    )
-                self._takes_context_padding = False
+        mask = current_padding(self)
         if mask is not None and not (x.dim() == 2 and mask.numel() == x.shape[0]):
             check_mask("MoE", "the mask of moe_ext.padding", mask, x.shape[:-1])
         return mask
@@ -396,7 +416,8 @@ class MoE(nn.Module):
     def _limits(self, shape):
         """(capacity, num_sequences) for x of this shape."""
         if self.capacity_scope == "sequence":
-            tokens, num_sequences = shape[-2], math.prod(shape[:-2])
+            shape = (1, *shape)[-max(len(shape), 2) :]  # one token is a sequence
+            tokens, num_sequences = shape[-2], max(math.prod(shape[:-2]), 1)
         else:
             tokens, num_sequences = math.prod(shape[:-1]), 1
         return self.capacity(tokens), num_sequences
@@ -408,9 +429,11 @@ class MoE(nn.Module):
         None where the layer is dropless.
         """
         if self.expert_capacity is not None:
-            return torch.sym_min(self.expert_capacity, tokens)
-        factor = self._capacity if self.training else self._eval_capacity
-        return factor(tokens)
+            return smaller(self.expert_capacity, tokens)
+        ratio = self._capacity_ratios[
+            "capacity_factor" if self.training else "eval_capacity_factor"
+        ]
+        return capacity_of(ratio, tokens, self.min_capacity, self.top_k)
 
     def _losses(self, x, route, padding_mask, return_routing):
         """(weights, aux_loss, z_loss); in training the weights carry the losses' gradient."""
@@ -427,7 +450,7 @@ class MoE(nn.Module):
         weights, aux_loss, z_loss = route.weights, None, None
         if inject:
             if not (torch.compiler.is_compiling() or self._loss_scale_is_set):
-                losses.warn_of_float16(x)
+                losses.warn_unscaled(x, self)
             weights = losses.inject(
                 route, present, self.loss_scale, self.aux_loss_coef, self.z_loss_coef
             )
@@ -459,9 +482,8 @@ class MoE(nn.Module):
     # ---- statistics and state ----------------------------------------------------
 
     def stats(self, reset=False):
-        """What the routing did since the last reset, as a dict for any logger.
+        """What the routing did since the last reset, as a dict of floats for any logger.
 
-        - load: (E) float64 tensor on the CPU, assignments of each expert before any drop
         - drop_rate: share of assignments beyond capacity
         - lost_rate: share of tokens whose assignments were all dropped
         - entropy: of the mean score distribution, over log E; a collapse takes it to 0
@@ -471,8 +493,9 @@ class MoE(nn.Module):
         - max_logit: the largest router logit
         - tokens, forwards: how many were seen, in training and eval, without padding
 
-        All but `load` are floats; 0.0 where nothing was seen. One transfer from the
-        device a call; under data parallelism, of this process alone.
+        0.0 where nothing was seen. The dict's attribute `load`, (E) float64 on the CPU, has
+        the assignments of each expert before any drop. One transfer from the device a
+        call; under data parallelism, of this process alone.
 
         Args:
             reset: start again from zero after reading.
@@ -489,44 +512,27 @@ class MoE(nn.Module):
         self._stats.zero_()
         self.loss_scale.fill_(1.0)
         self._loss_scale_is_set = False
-
-    @property
-    def num_experts_per_tok(self):
-        """Another name of `top_k`."""
-        return self.top_k
-
-    @property
-    def capacity_factor(self):
-        return self._capacity.factor
-
-    @capacity_factor.setter
-    def capacity_factor(self, factor):
-        self._capacity = self._make_capacity("capacity_factor", factor)
-
-    @property
-    def eval_capacity_factor(self):
-        return self._eval_capacity.factor
-
-    @eval_capacity_factor.setter
-    def eval_capacity_factor(self, factor):
-        self._eval_capacity = self._make_capacity("eval_capacity_factor", factor)
-
-    def _make_capacity(self, name, factor):
-        return Capacity(name, factor, self.min_capacity, self.top_k, self.num_experts)
+        self._version_seen = None  # see losses.warn_unscaled
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        device = self.gate.weight.device
-        self._stats.to(device)
-        if self.loss_scale.is_meta:
-            self.loss_scale = torch.ones((), device=device)
-        self.loss_scale = self.loss_scale.to(device)
+        self._move_state(next(self.parameters()).device)
         return self
+
+    def _move_state(self, device):
+        """Statistics and loss scale to a device, but never to meta."""
+        if device.type != "meta":
+            for stats in (self._stats, *itertools.chain(*self._routing_watchers)):
+                stats.to(device)
+            self.loss_scale = self.loss_scale.to(device)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Qwen2-MoE says shared_expert where DeepSeek says shared_experts.
-        for name in [n for n in state_dict if n.startswith(f"{prefix}shared_expert.")]:
-            state_dict[name.replace("shared_expert.", "shared_experts.")] = state_dict.pop(name)
+        theirs, ours = f"{prefix}shared_expert.", f"{prefix}shared_experts."
+        for name in [n for n in state_dict if n.startswith(theirs)]:
+            renamed = ours + name.removeprefix(theirs)
+            if renamed not in state_dict:  # else one too many, which a strict load reports
+                state_dict[renamed] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self):

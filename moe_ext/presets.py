@@ -7,6 +7,9 @@ Each names its source. `PRESETS` has them all by name. Balance losses are per la
 and 1.0 at perfect balance, so a coefficient of Hugging Face's, whose loss is K there and
 is taken over all L layers together, counts K / L of itself.
 
+None names a drop_policy: all are dropless but Switch, which drops in token order as the
+default does.
+
 GPT-4 and Gemini are mixtures of experts by their authors' or others' word, but their
 layers are undisclosed: there is nothing to preset.
 """

@@ -254,8 +254,11 @@ def _open(source):
 
 def _keys(checkpoint, name):
     """[its key], or [its key, that of its scales] where it is quantised; [] if it is not there."""
+    if name not in checkpoint:
+        name = name.replace("shared_experts.", "shared_expert.")  # Qwen2-MoE's
     for pair in (
         (name, f"{name}_scale_inv"),  # DeepSeek-V3's float8
+        (name, f"{name}_scale"),  # compressed-tensors' float8
         (name, name.removesuffix("weight") + "scales"),
         (f"{name}/weight", f"{name}/scales"),  # Grok-1's int8
     ):
@@ -264,22 +267,26 @@ def _keys(checkpoint, name):
     return (name,) if name in checkpoint else ()
 
 
+FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
+
+
 def _read(checkpoint, name):
     """The tensor, multiplied with its scales, each of which counts for an equal block."""
     tensor, *scales = (checkpoint[key] for key in _keys(checkpoint, name))
     if scales:
-        fits = tensor.dim() == scales[0].dim() and not any(
-            size % blocks for size, blocks in zip(tensor.shape, scales[0].shape)
+        scale = _scales(name, tensor, *scales)
+        fits = tensor.dim() == scale.dim() and not any(
+            size % blocks for size, blocks in zip(tensor.shape, scale.shape)
         )
         if not fits:
             raise ValueError(
                 f"{LOAD}: the scales of {name} must divide its {tuple(tensor.shape)} into equal"
-                f" blocks, got {describe(scales[0])}"
+                f" blocks, got {describe(scale)}"
             )
-        blocks = [(n, size // n) for size, n in zip(tensor.shape, scales[0].shape)]
-        shape, tensor = tensor.shape, tensor.to(scales[0].dtype)
+        blocks = [(n, size // n) for size, n in zip(tensor.shape, scale.shape)]
+        shape, tensor = tensor.shape, tensor.to(scale.dtype)
         tensor = tensor.reshape([size for block in blocks for size in block])
-        tensor = tensor * scales[0].reshape([size for n, _ in blocks for size in (n, 1)])
+        tensor = tensor * scale.reshape([size for n, _ in blocks for size in (n, 1)])
         return tensor.reshape(shape)
     if tensor.dtype not in FLOATS:
         raise TypeError(
@@ -289,6 +296,54 @@ def _read(checkpoint, name):
     return tensor
 
 
+def _scales(name, tensor, scale):
+    """The scales as numbers: float32 at least, since a narrower one may not hold the product."""
+    if tensor.dtype not in FLOAT8 | {torch.int8, *FLOATS}:
+        raise TypeError(
+            f"{LOAD}: {name}, which has scales, must be int8, float8 or wider, got {describe(tensor)}"
+        )
+    if scale.dtype in FLOATS:
+        return scale.to(torch.promote_types(scale.dtype, torch.float32))
+    if tensor.dtype in FLOAT8 and scale.dtype in (torch.float8_e8m0fnu, torch.uint8):
+        # The exponent alone, with a bias of 127; 255 is NaN. Not through a cast: of torch's
+        # releases some lack it.
+        exponent = scale.view(torch.uint8)
+        value = torch.ldexp(torch.ones(exponent.shape), exponent.to(torch.int32) - 127)
+        return torch.where(exponent == 255, math.nan, value)
+    raise TypeError(
+        f"{LOAD}: the scales of {name} must be float64, float32, bfloat16, float16, or for float8"
+        f" tensors float8_e8m0fnu or uint8 (exponents), got {describe(scale)}"
+    )
+
+
+# What the keys of other quantisations end in, and how their tensors become ones that are read.
+_OTHERS = {
+    "_blocks": ("MXFP4", "Mxfp4Config(dequantize=True)"),
+    ".absmax": ("bitsandbytes", None),
+    ".quant_state": ("bitsandbytes", None),
+    ".SCB": ("bitsandbytes", None),
+    ".qweight": ("GPTQ or AWQ", None),
+    ".weight_packed": ("compressed-tensors", "CompressedTensorsConfig(run_compressed=False)"),
+}
+
+
+def _refuse_other_quantisations(checkpoint, prefix):
+    for key in checkpoint:
+        for ending, (system, config) in _OTHERS.items():
+            if key.startswith(prefix) and (key.endswith(ending) or f"{ending}." in key):
+                way = (
+                    "load the unquantised checkpoint, or call model.dequantize(), save_pretrained and"
+                    " read that"
+                    if config is None
+                    else f"from_pretrained with quantization_config={config}, save_pretrained and"
+                    " read that"
+                )
+                raise ValueError(
+                    f"{LOAD}: {key} is quantised by {system}, which is not read here (float8 and"
+                    f" int8 with scales are); with transformers {way}"
+                )
+
+
 # ---- loading -----------------------------------------------------------------------------
 
 
@@ -296,6 +351,8 @@ def from_pretrained_block(cls, source, layer=None, *, preset=None, device=None, 
     """See `MoE.from_pretrained_block`."""
     arguments = _arguments(preset) | options
     checkpoint = _open(source)
+    for prefix in {p for format in FORMATS for p in _prefixes(LOAD, format, layer)}:
+        _refuse_other_quantisations(checkpoint, prefix)
     format, prefix = _locate(checkpoint, layer)
     down = _keys(checkpoint, prefix + _anchor(format))
     target = dtype or (torch.bfloat16 if len(down) == 2 else checkpoint[down[0]].dtype)
@@ -314,7 +371,7 @@ def from_pretrained_block(cls, source, layer=None, *, preset=None, device=None, 
                 f"{LOAD}: {prefix}{name} must be of shape {shape}, got {describe(tensor)};"
                 " name another preset, or the sizes beside it (hidden_size=...)"
             )
-        view.copy_(tensor.reshape(view.shape))
+        view.copy_(tensor.detach().reshape(view.shape))
     return block
 
 
@@ -364,6 +421,7 @@ def _locate(checkpoint, layer):
 
 
 _HEADS = {re.split(r"[./]", n)[0] for f in FORMATS.values() for n in f.names.values()}
+_HEADS.add("shared_expert")
 
 
 def _check_names(checkpoint, wanted, format, prefix):

@@ -69,10 +69,17 @@ def topk_route(
     group_score="max",
 ):
     logits = logits.to(accumulation_dtype(logits.dtype))
+    if padding_mask is not None:  # may hold NaN, and 0 * NaN is NaN on the way back
+        logits = logits.masked_fill(padding_mask[:, None], 0)
     num_experts = logits.shape[-1]
     scores = scores_of(logits, score_function)
     if experts is None:
-        experts = choose_experts(scores, top_k, selection_bias, n_group, topk_group, group_score)
+        adds_scores = selection_bias is not None or (
+            group_score == "top2_sum" and topk_group < n_group
+        )
+        # The logits order as their softmax does, and do not underflow.
+        choice = logits if score_function == "softmax_topk" and not adds_scores else scores
+        experts = choose_experts(choice, top_k, selection_bias, n_group, topk_group, group_score)
         if padding_mask is not None:
             experts = experts.masked_fill(padding_mask[:, None], num_experts)
     elif padding_mask is not None:
@@ -109,7 +116,7 @@ def capacity_scatter(
     *,
     weights=None,
     padding_mask=None,
-    drop_policy="choice",
+    drop_policy="token",
     num_sequences=1,
 ):
     tokens, top_k = experts.shape
@@ -227,7 +234,8 @@ def grouped_ffn(
 def weighted_combine(rows, weights, plan):
     kept = plan.assignment_row >= 0
     if len(rows) == 0:
-        return rows.sum(0).expand(len(weights), -1)  # zeros, still part of the graph
+        # Zeros, still part of the graph of both.
+        return rows.sum(0) + torch.where(kept, weights, 0.0).sum(-1, keepdim=True).to(rows.dtype)
     mine = rows[plan.assignment_row.clamp(min=0).long()]
     dtype = accumulation_dtype(torch.promote_types(rows.dtype, weights.dtype))
     mine = torch.where(kept[..., None], mine, 0.0).to(dtype)

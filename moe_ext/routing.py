@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional
-from ._checks import check_number
+from ._checks import check_integer, check_same_device
+from ._compat import larger, smaller
+from .groups import group_of
 from .types import Plan
 
 
@@ -30,6 +32,7 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """x (T, H) -> logits (T, E) and a `Route` with each token's top_k experts and weights.
 
+    `options`: those of `functional.topk_route`, a dict that it shares with its `MoE`.
     Parameters `weight` (E, H) and `bias` (E) or None. The buffer
     `e_score_correction_bias` (E) is added to the scores for the choice alone, never
     to the weights (DeepSeek-V3); it receives no gradient and stays float32 whatever
@@ -37,12 +40,11 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, hidden_size, num_experts, top_k, *,
+        self, hidden_size, num_experts, options, *,
         bias=False, score_correction_bias=False, input_dtype=None, init_std=0.02,
-        device=None, dtype=None, **options,
+        device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        self.top_k = top_k
         self.input_dtype = input_dtype
         self.init_std = init_std
         self.options = options
@@ -55,6 +57,14 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", correction)
         self.reset_parameters()
 
+    @property
+    def top_k(self):
+        return self.options["top_k"]
+
+    @top_k.setter
+    def top_k(self, top_k):
+        self.options["top_k"] = check_integer("MoE", "top_k", top_k, maximum=len(self.weight))
+
     def reset_parameters(self):
         """The weight from a normal distribution of `init_std`; the biases zero."""
         nn.init.normal_(self.weight, std=self.init_std)
@@ -65,16 +75,24 @@ class Router(nn.Module):
     def forward(self, x, padding_mask=None, experts=None):
         """Logits and `Route`; `experts` (T, K) replays a recorded choice."""
         weight, bias = self.weight, self.bias
+        check_same_device(x, weight)
         dtype = self.input_dtype
         if dtype is not None:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         logits = functional.router_logits(x, weight, bias)
         route = functional.topk_route(
-            logits, self.top_k, selection_bias=self.e_score_correction_bias,
+            logits, selection_bias=self.float32_bias(),
             padding_mask=padding_mask, experts=experts, **self.options,
         )  # fmt: skip
         return logits, route
+
+    def float32_bias(self):
+        """The selection bias, float32 again where something assigned it in another dtype."""
+        bias = self.e_score_correction_bias
+        if bias is not None and bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias = bias.float()
+        return bias
 
     def _apply(self, fn, recurse=True):
         bias = self.e_score_correction_bias
@@ -89,40 +107,39 @@ class Router(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        if self.e_score_correction_bias is not None:  # assign=True takes any dtype
-            self.e_score_correction_bias = self.e_score_correction_bias.float()
+        self.float32_bias()  # assign=True takes any dtype
 
     def extra_repr(self):
         return ", ".join(
             [
-                f"weight={tuple(self.weight.shape)}, top_k={self.top_k}",
+                f"weight={tuple(self.weight.shape)}",
                 *(f"{name}={value!r}" for name, value in self.options.items()),
             ]
         )
 
 
-class Capacity:
-    """C = min(max(ceil(factor * T * K / E), min_capacity), T), or None: dropless.
+def capacity_ratio(factor, num_experts):
+    """(numerator, denominator) of factor / E, or None: dropless.
 
-    Exact integers, and symbolic ones for torch.compile: the factor is the fraction
-    nearest to it with a denominator of at most a million.
+    The factor is the fraction nearest to it with a denominator of at most a million.
     """
+    if factor is None:
+        return None
+    # A factor of E is no limit already, and keeps the integers small.
+    ratio = Fraction(min(factor, num_experts)).limit_denominator(10**6) / num_experts
+    return ratio.numerator, ratio.denominator
 
-    def __init__(self, name, factor, min_capacity, top_k, num_experts):
-        self.factor = factor
-        self.min_capacity = min_capacity
-        if factor is not None:
-            check_number("MoE", name, factor, positive=True)
-            # A factor of E is no limit already, and keeps the integers small.
-            ratio = Fraction(min(factor, num_experts)).limit_denominator(10**6)
-            ratio = ratio * top_k / num_experts
-            self.numerator, self.denominator = ratio.numerator, ratio.denominator
 
-    def __call__(self, tokens):
-        if self.factor is None:
-            return None
-        capacity = -(-(tokens * self.numerator) // self.denominator)
-        return torch.sym_min(torch.sym_max(capacity, self.min_capacity), tokens)
+def capacity_of(ratio, tokens, min_capacity, top_k):
+    """C = min(max(ceil(ratio * T * K), min_capacity), T), or None: dropless.
+
+    Exact integers, and symbolic ones for torch.compile.
+    """
+    if ratio is None:
+        return None
+    numerator, denominator = ratio
+    capacity = -(-(tokens * numerator * top_k) // denominator)
+    return smaller(larger(capacity, min_capacity), tokens)
 
 
 def renormalize_after_drop(weights, assignment_row):
@@ -147,38 +164,49 @@ def update_router_biases(model, process_group=None):
 
     Args:
         model: every `MoE` inside with `bias_update_rate > 0` takes part.
-        process_group: whose counts are summed, in one all-reduce: the default group
-            where torch.distributed is initialised, else this process alone. All its
-            ranks must call.
+        process_group: whose counts are summed, in one all-reduce, and all its ranks must
+            call. None: where torch.distributed is initialised the ranks that hold the same
+            layers, which the first call finds out over the default group; else this
+            process alone.
+
+    Raises:
+        ValueError: the routers are sharded such that they do not tell who holds the same.
     """
     from .moe import MoE
 
-    layers = [m for m in model.modules() if isinstance(m, MoE) and m.bias_update_rate > 0]
+    layers = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, MoE) and m.bias_update_rate > 0
+    }
+    routers = {name: next(m.gate.parameters()) for name, m in layers.items()}
     move_biases(
-        [(m._stats, m.bias_update_rate, m.gate.e_score_correction_bias) for m in layers],
-        process_group,
+        [(m._stats, m.bias_update_rate, selection_bias_of(m.gate)) for m in layers.values()],
+        *group_of("update_router_biases", model, routers, process_group),
     )
 
 
+def selection_bias_of(gate):
+    """The buffer on an `MoE`'s choice, or None, also where other modules (PEFT's, FSDP's) are
+    wrapped around the router."""
+    routers = (m for m in gate.modules() if isinstance(m, Router))
+    return next((m.float32_bias() for m in routers), None)
+
+
 @torch.no_grad()
-def move_biases(layers, process_group=None):
+def move_biases(layers, reduce=False, process_group=None):
     """`update_router_biases` for [(RoutingStats, bias_update_rate, bias (E) float32)]."""
     if not layers:
         return
     device = layers[0][2].device
     counts = torch.cat([stats.step_counts.to(device) for stats, _, _ in layers])
-    if reduces(process_group):
+    if reduce:
         dist.all_reduce(counts, group=process_group)
     for (stats, rate, bias), n in zip(layers, counts.split([b.numel() for _, _, b in layers])):
         n = n.double()
         step = rate * torch.sign(n.mean() - n)
         bias += step.to(bias).view_as(bias)
         stats.step_counts.zero_()
-
-
-def reduces(process_group):
-    """Whether there are other processes to sum with."""
-    return process_group is not None or (dist.is_available() and dist.is_initialized())
 
 
 def update_router_biases_on_step(optimizer, model, process_group=None):

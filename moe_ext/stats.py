@@ -29,6 +29,16 @@ def _static(tensor):
     return torch.nn.Parameter(tensor, requires_grad=False)
 
 
+def home(device):
+    """Where state begins that is neither parameter nor buffer: with its module, or on the CPU.
+
+    Nothing but the module's own `_apply` takes such state along, and there are many ways from
+    the meta device to another that go without it: so it never is on meta, and a forward moves
+    it to where the tokens are.
+    """
+    return "cpu" if device.type == "meta" else device
+
+
 class RoutingStats:
     """counts, step_counts (E) int64; score_sums (E), totals (7) float64.
 
@@ -36,14 +46,22 @@ class RoutingStats:
     since the last update of the biases.
     """
 
-    def __init__(self, num_experts, with_step_counts, device=None):
+    def __init__(self, num_experts, with_step_counts, device):
+        device = home(device)
+
         def zeros(size, dtype):
             return _static(torch.zeros(size, dtype=dtype, device=device))
 
         self.counts = zeros(num_experts, torch.int64)
         self.score_sums = zeros(num_experts, torch.float64)
         self.totals = zeros(7, torch.float64)
-        self.step_counts = zeros(num_experts, torch.int64) if with_step_counts else None
+        self.step_counts = None
+        if with_step_counts:
+            self.count_steps()
+
+    def count_steps(self):
+        if self.step_counts is None:
+            self.step_counts = _static(torch.zeros_like(self.counts))
 
     def tensors(self):
         return [t for t in vars(self).values() if t is not None]
@@ -52,14 +70,16 @@ class RoutingStats:
         for tensor in self.tensors():
             tensor.zero_()
 
+    def reset(self):
+        """What is read starts again; the biases' counts go on."""
+        for tensor in (self.counts, self.score_sums, self.totals):
+            tensor.zero_()
+
     def to(self, device):
-        """Follows its module to a device; leaving the meta device starts at zero."""
+        """Follows its module to a device."""
         for name, tensor in vars(self).items():
             if tensor is not None and tensor.device != device:
-                moved = (
-                    torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-                )
-                setattr(self, name, _static(moved))
+                setattr(self, name, _static(tensor.to(device)))
 
     def accumulate(self, logits, route, assignment_row, padding_mask, score_function, training):
         add = reference.accumulate_stats if BACKEND == "reference" else ops.accumulate_stats
@@ -71,6 +91,16 @@ class RoutingStats:
             logits, route.experts, route.counts, score_sums,
             assignment_row, padding_mask, score_function,
         )  # fmt: skip
+
+    def plus(self, other):
+        """The sum of both, as a `RoutingStats` without `step_counts`."""
+        total = RoutingStats(len(self.counts), False, self.counts.device)
+        for mine, a, b in zip(total.tensors(), self.tensors(), other.tensors()):
+            mine += a + b
+        seen = [t[MAX_LOGIT] for t in (self.totals, other.totals) if t[FORWARDS] > 0]
+        if seen:
+            total.totals[MAX_LOGIT] = torch.stack(seen).max()
+        return total
 
     def read(self, reset):
         return read_all([self], reset)[0]
@@ -99,13 +129,28 @@ def read_all(layers, reset=False, reduce=False, process_group=None):
     packed = packed.cpu()
     if reset:
         for stats in layers:
-            for tensor in (stats.counts, stats.score_sums, stats.totals):
-                tensor.zero_()
+            stats.reset()
     parts = packed.split(sizes)
     return [
         summarize(load, score_sums, totals.tolist())
         for load, score_sums, totals in zip(parts[::3], parts[1::3], parts[2::3])
     ]
+
+
+class Numbers(dict):
+    """{name: float}, as any logger takes it, and `load` (E) float64 beside it.
+
+    `numbers["load"]` gives that tensor too, though it is not among the keys.
+    """
+
+    def __init__(self, numbers, load):
+        super().__init__(numbers)
+        self.load = load
+
+    def __missing__(self, key):
+        if key == "load":
+            return self.load
+        raise KeyError(key)
 
 
 def summarize(load, score_sums, totals):
@@ -119,8 +164,7 @@ def summarize(load, score_sums, totals):
     token_entropy = totals[ENTROPY] / max(tokens, 1.0) / log_experts
     if num_experts == 1 and tokens:
         entropy = token_entropy = 1.0
-    return {
-        "load": load,
+    numbers = {
         "drop_rate": totals[DROPPED] / max(assignments, 1.0),
         "lost_rate": totals[LOST_TOKENS] / max(tokens, 1.0),
         "entropy": entropy,
@@ -131,3 +175,4 @@ def summarize(load, score_sums, totals):
         "tokens": tokens,
         "forwards": totals[FORWARDS],
     }
+    return Numbers(numbers, load)

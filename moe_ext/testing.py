@@ -135,15 +135,14 @@ def compare(layer, x, padding_mask=None):
     sequence = layer.capacity_scope == "sequence"
     tokens = x.shape[-2] if sequence else x[..., 0].numel()
     mask = None if padding_mask is None else padding_mask.reshape(-1)
+    options = {name: value for name, value in gate.options.items() if name != "top_k"}
     return compare_stages(
         x,
         gate=dict(weight=gate.weight, bias=gate.bias),
         experts=dict(up_proj=up_proj, down_proj=down_proj, up_bias=up_bias, down_bias=down_bias),
         top_k=layer.top_k,
         router_dtype=gate.input_dtype,
-        routing=dict(
-            selection_bias=gate.e_score_correction_bias, padding_mask=mask, **gate.options
-        ),
+        routing=dict(selection_bias=gate.e_score_correction_bias, padding_mask=mask, **options),
         scatter=dict(
             capacity=layer.capacity(tokens),
             padding_mask=mask,

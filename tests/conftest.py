@@ -12,6 +12,7 @@ changes these as well, and `--emulator-seeds 8` runs every test with 8 of them. 
 emulator/schedules.py.
 """
 
+import contextlib
 import os
 import sys
 import zlib
@@ -46,6 +47,7 @@ def pytest_addoption(parser):
         help="sets MOE_EXT_BACKEND; `emulated` builds it first",
     )
     parser.addoption("--emulator-seeds", type=int, default=1, help="emulated runs of every test")
+    parser.addoption("--results", help="a JSON file, kept up to date: gpu/progress.py")
     parser.addoption("--emulator-build", choices=("fast", "checked"), default="fast")
 
 
@@ -54,6 +56,10 @@ def pytest_configure(config):
     backend = config.getoption("--backend")
     if backend:
         os.environ["MOE_EXT_BACKEND"] = backend
+    if config.getoption("--results") and not hasattr(config, "workerinput"):
+        from gpu.progress import Progress
+
+        config.pluginmanager.register(Progress(config.getoption("--results")))
     if os.environ.get("MOE_EXT_BACKEND") == "cuda":
         torch.set_default_device("cuda")
     if is_emulated():
@@ -122,6 +128,16 @@ def pytest_report_header(config):
     return (
         f"moe_ext: backend {BACKEND}, MOE_EXT_TEST_SEED={SEED}, threads {torch.get_num_threads()}"
     )
+
+
+@pytest.fixture(autouse=True)
+def as_if_on_a_gpu(request):
+    """The emulator's tensors are a CPU's; a test must not need that. Dynamo traces no mode."""
+    from gpu.as_if import AsIf
+
+    traced = "compile" in request.node.nodeid or "opcheck" in request.node.nodeid
+    with AsIf() if is_emulated() and not traced else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from moe_ext import functional, reference
 from moe_ext._load import BACKEND
 from oracle import (
     ACTIVATIONS,
+    DEVICE,
     DTYPES,
     ROUTINGS,
     Draws,
@@ -282,7 +283,7 @@ class FFNNumbers(FFNStage):
     def test_autocast(self):
         plan = draw_plan(9, 4, 2)
         inputs = self.inputs(9, 16, 8, 4, 2, torch.float32)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             actual = self.call(inputs, plan)
         low = {name: t if name == "weights" else t.bfloat16() for name, t in inputs.items()}
         assert actual.dtype == torch.bfloat16 and bits_equal(actual, self.call(low, plan))

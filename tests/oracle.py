@@ -28,6 +28,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (*reference.GATES, *reference.ACTIVATIONS)
 ROUTINGS = ("distinct", "skewed", "one_expert", "duplicates", "sentinels")
 
+DEVICE = torch.get_default_device()  # cuda with --backend cuda
+
 # The tests that need registered ops (schemas, fakes, saved tensors, bits).
 HAS_OPS = BACKEND != "reference"
 
@@ -38,6 +40,14 @@ HAS_OPS = BACKEND != "reference"
 def unit(*shape, dtype=torch.float32, fan_in=1):
     """Normal data; a weight takes its fan_in, so that what it produces is of unit scale."""
     return (torch.randn(shape, dtype=torch.float64) / fan_in**0.5).to(dtype)
+
+
+def redraw():
+    """Seeds torch; a call of what comes back takes it there again, on every device. (A state of
+    torch's generator is the CPU's alone.)"""
+    seed = int(torch.randint(2**31, ()))
+    torch.manual_seed(seed)
+    return lambda: torch.manual_seed(seed)
 
 
 def strided(tensor):

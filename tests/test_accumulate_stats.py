@@ -95,7 +95,7 @@ def test_a_maximum_below_zero():
     for below in (5, 3, 4):
         torch.ops.moe_ext.accumulate_stats(*totals, -logits.abs() - below, *rest, "softmax")
     rows = logits.abs().amin(-1)[~rest[-1]]
-    assert totals[2][MAX_LOGIT] == pytest.approx(-rows.min().item() - 3, abs=1e-5)
+    assert totals[2][MAX_LOGIT].item() == pytest.approx(-rows.min().item() - 3, abs=1e-5)
 
 
 def test_the_optional_arguments():

@@ -65,7 +65,7 @@ def naive(experts, num_experts, capacity, weights, padding_mask, drop_policy, nu
 
 def check(experts, num_experts, capacity=None, **options):
     plan = functional.capacity_scatter(experts, num_experts, capacity, **options)
-    defaults = dict(weights=None, padding_mask=None, drop_policy="choice", num_sequences=1)
+    defaults = dict(weights=None, padding_mask=None, drop_policy="token", num_sequences=1)
     for oracle in (
         naive(experts, num_experts, capacity, **defaults | options),
         reference.capacity_scatter(experts, num_experts, capacity, **options),

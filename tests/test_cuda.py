@@ -135,7 +135,7 @@ def test_runs_on_the_current_stream():
 
 def test_two_devices_in_one_call():
     layer = layer_of("dropless", torch.float32)
-    with pytest.raises((ValueError, RuntimeError), match="device"):
+    with pytest.raises((ValueError, RuntimeError), match="on the parameters' cuda"):
         layer(unit(5, 64))
     plan = reference.capacity_scatter(draw_experts(6, 4, 2), 4)
     with pytest.raises(ValueError, match="^weighted_combine: .* device"):

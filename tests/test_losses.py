@@ -9,7 +9,7 @@ import torch
 import moe_ext
 from layer_suite import E, H, K, assert_close, make
 from moe_ext import losses
-from oracle import bits_equal, unit
+from oracle import DEVICE, bits_equal, unit
 
 COEFFICIENTS = dict(aux_loss_coef=0.3, z_loss_coef=0.02)
 
@@ -196,7 +196,7 @@ def test_loss_scale_stays_what_it_is():
     layer = make()
     moe_ext.set_loss_scale(layer, 0.25)
     layer.half().bfloat16().to(torch.float64).to("cpu")
-    assert layer.loss_scale.dtype == torch.float32 and layer.loss_scale == 0.25
+    assert layer.loss_scale.dtype == torch.float64 and layer.loss_scale == 0.25
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_gradient_accumulation_is_the_mean_of_its_parts():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_float16_training_without_a_scale_warns_once(autocast, monkeypatch):
-    monkeypatch.setattr(losses, "_warned", False)
+    monkeypatch.setattr(losses, "_warned", set())
     layer = make(dtype=torch.float32 if autocast else torch.float16)
     x = unit(4, H, dtype=torch.float32 if autocast else torch.float16)
     with warnings.catch_warnings():
@@ -234,12 +234,55 @@ def test_float16_training_without_a_scale_warns_once(autocast, monkeypatch):
         layer.eval()(x)
         make(dtype=torch.bfloat16)(x.bfloat16())
     layer.train()
-    with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+    with torch.autocast(DEVICE.type, dtype=torch.float16, enabled=autocast):
         with pytest.warns(UserWarning, match="set_loss_scale"):
             layer(x)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             layer(x)
-            monkeypatch.setattr(losses, "_warned", False)
+            monkeypatch.setattr(losses, "_warned", set())
             moe_ext.set_loss_scale(layer, 1.0)
             layer(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accumulation_without_a_scale_warns_once(dtype, monkeypatch):
+    monkeypatch.setattr(losses, "_warned", set())
+    x = unit(4, H, dtype=dtype)
+
+    def micro_batches(layer):
+        layer.zero_grad()
+        for _ in range(2):
+            layer(x).sum().backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told, plain = make(dtype=dtype), make(dtype=dtype)
+        moe_ext.set_loss_scale(told, 0.5)
+        micro_batches(told)
+        micro_batches(make(dtype=dtype, aux_loss_coef=0.0))
+        optimizer = torch.optim.SGD(plain.parameters())
+        for kept in (False, True, True):  # a step each
+            optimizer.zero_grad(set_to_none=not kept)
+            plain(x).sum().backward()
+            optimizer.step()
+    with pytest.warns(UserWarning, match="accumulating gradients .*set_loss_scale"):
+        micro_batches(plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        micro_batches(plain)
+
+
+def test_padding_may_hold_nan():
+    mask = torch.tensor([False, True, False])
+    logits = unit(3, E, dtype=torch.float64)
+    logits[1] = float("nan")
+    logits.requires_grad_()
+    experts = logits.detach().topk(2).indices
+    for loss in (
+        losses.z_loss(logits, mask),
+        losses.load_balancing_loss(logits, experts, padding_mask=mask),
+        losses.load_balancing_loss(logits, experts, padding_mask=mask, score_function="sigmoid"),
+    ):
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient[0].any() and gradient.isfinite().all() and not gradient[1].any()

@@ -3,17 +3,18 @@ the forced backends, the diagnosis, the comparison of two paths."""
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import moe_ext
-from moe_ext import _load, functional, testing
+from ffn_suite import needs_ops
+from moe_ext import __main__, _load, functional, testing
 
 ROOT = Path(moe_ext.__file__).resolve().parent.parent
 needs_library = pytest.mark.skipif(
@@ -171,6 +172,92 @@ class TestRefusals:
         library.write_bytes(b"")
         assert "does not say what it was built with" in import_error(copied)
 
+    @needs_library
+    def test_a_source_tree_in_front_of_the_installed_package(self, copied, tmp_path_factory):
+        site = tmp_path_factory.mktemp("site")
+        (copied / "setup.py").touch()
+        library = _load.find_library(copied / "moe_ext")
+        (site / "moe_ext").mkdir()
+        library.rename(site / "moe_ext" / library.name)
+        (site / "moe_ext-0.1.0.dist-info").mkdir()
+        (site / "moe_ext-0.1.0.dist-info" / "METADATA").write_text(
+            "Name: moe_ext\nVersion: 0.1.0\n"
+        )
+        message = import_error(copied, PYTHONPATH=f"{copied}{os.pathsep}{site}")
+        assert f"hides the installed package {site / 'moe_ext'}. Run Python in another" in message
+
+    @pytest.mark.parametrize("version", ("2.10.1", "1.13.0+cu117", "2.9.0a0+git1"))
+    def test_a_torch_that_is_too_old(self, version):
+        with pytest.raises(
+            ImportError, match="supports torch 2.11 to 2.14, found torch " + version[:4]
+        ):
+            _load.check_torch(version)
+
+    def test_a_torch_that_nobody_has_tried(self):
+        with pytest.warns(UserWarning, match="2.11 to 2.14, found torch 2.15.0.*nobody has tried"):
+            _load.check_torch("2.15.0")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for version in ("2.11.0+cu130", "2.14.1", "2.13.0a0+git1234"):
+                _load.check_torch(version)
+
+    def test_pyproject_has_the_same_range(self):
+        (oldest, newest), text = _load.TORCH, (ROOT / "pyproject.toml").read_text()
+        assert f'"torch>={oldest[0]}.{oldest[1]},<{newest[0]}.{newest[1] + 1}"' in text
+
+    def test_no_compiler_names_the_package_to_install(self, tmp_path):
+        done = python(
+            str(ROOT / "setup.py"), "build_ext", "--build-temp", str(tmp_path),
+            "--build-lib", str(tmp_path), PYTHONPATH=str(ROOT), CXX="/nowhere/g++",
+            MOE_EXT_BUILD="cpu", cwd=ROOT,
+        )  # fmt: skip
+        assert done.returncode and "/nowhere/g++ was not found" in done.stderr, done.stderr
+        assert "apt-get install g++" in done.stderr
+
+
+class TestSilence:
+    """What would otherwise go another way without a word."""
+
+    @needs_library
+    @pytest.mark.skipif(bool(_load.BUILD_INFO and _load.BUILD_INFO["cuda"]), reason="CUDA build")
+    @pytest.mark.parametrize("backend, warns", (("", 1), ("cpu", 0)))
+    def test_a_cpu_library_under_a_cuda_torch_says_so_once(self, backend, warns):
+        code = (
+            "import torch, warnings; torch.version.cuda = '13.0';"
+            "warnings.simplefilter('always'); import moe_ext; moe_ext.MoE(4, 4, 2, 1)"
+        )
+        done = python("-c", code, MOE_EXT_BACKEND=backend)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("built for the CPU alone, and this torch has CUDA 13.0") == warns
+        assert done.stderr.count("export MOE_EXT_BUILD=cuda") == warns
+
+    @needs_ops
+    def test_a_device_without_kernels(self, monkeypatch):
+        x, weight = torch.randn(3, 4).to_sparse(), torch.randn(2, 4)
+        with pytest.raises(
+            NotImplementedError, match="^router_logits: tensors of the SparseCPU ba"
+        ):
+            functional.router_logits(x, weight)
+        monkeypatch.setattr(functional, "BUILD_INFO", {"cuda": None})
+        told = functional._unsupported(
+            "Could not run 'moe_ext::topk_route' with arguments from the 'CUDA' backend. This ..."
+        )
+        assert str(told).startswith(
+            "topk_route: the tensors are on a GPU, and moe_ext was built for"
+        )
+        assert "export MOE_EXT_BUILD=cuda" in str(told)
+
+    def test_a_forced_path_refuses_the_other_devices_tensors(self, monkeypatch):
+        monkeypatch.setattr(functional, "BACKEND", "cuda")
+        monkeypatch.setattr(functional, "_FORCED", "cuda")
+        monkeypatch.setattr(functional, "_OTHER", "cpu")
+        x = torch.randn(3, 4, device="cpu")
+        with pytest.raises(
+            ValueError,
+            match="^gather_rows: MOE_EXT_BACKEND=cuda takes tensors on cuda, got one on cpu",
+        ):
+            functional._call("gather_rows", x, None, None)
+
 
 class TestBackend:
     def test_an_unknown_name_lists_the_known_ones(self):
@@ -193,13 +280,6 @@ class TestBackend:
         )
         done = python("-c", code, cwd=copied, MOE_EXT_BACKEND="reference")
         assert done.stdout.split() == ["5.0", "False", "False"], done.stderr
-
-
-class TestReadme:
-    def test_the_first_example_runs(self, capsys):
-        example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-        exec(example[1], {})
-        assert "'drop_rate'" in capsys.readouterr().out
 
 
 class TestDiagnosis:
@@ -225,8 +305,23 @@ class TestDiagnosis:
     @needs_library
     def test_tells_a_misfit_that_does_not_load(self, copied):
         doctor(copied, torch="2.9.1")
-        done = python("-m", "moe_ext", cwd=copied, MOE_EXT_BACKEND="reference")
+        done = python("-m", "moe_ext", cwd=copied, MOE_EXT_BACKEND="")
         assert "misfit      it was built with torch 2.9.1" in done.stdout, done.stderr
+        assert "not loaded  moe_ext: " in done.stdout and "Rebuild it: " in done.stdout
+        assert done.returncode == 1 and done.stdout.rstrip().endswith("FAIL")
+
+    def test_tests_every_device(self, monkeypatch, capsys):
+        tested = []
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(_load, "BACKEND", None)
+        monkeypatch.setattr(__main__, "facts", lambda: ())
+        monkeypatch.setattr(
+            __main__, "report", lambda *call: tested.append(call) or len(tested) < 6
+        )
+        assert __main__.main() == 1
+        assert [device for _, device in tested] == ["cpu"] * 2 + ["cuda:0"] * 2 + ["cuda:1"] * 2
+        monkeypatch.setattr(_load, "BACKEND", "cuda")
+        assert __main__.devices() == ["cuda:0", "cuda:1"]
 
 
 LAYERS = {

@@ -11,7 +11,7 @@ from torch import nn
 
 import moe_ext
 from layer_suite import E, H, assert_close, make
-from oracle import bits_equal, unit
+from oracle import bits_equal, relative_error, unit
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -126,7 +126,30 @@ def fsdp_from_meta_in_mixed_precision(rank):
     assert model[1].stats()["tokens"] == 21
 
 
-SCENARIOS = (ddp, ddp_in_a_group_of_its_own, fsdp, fsdp_from_meta_in_mixed_precision)
+def fsdp_of_the_experts_alone_in_mixed_precision(rank):
+    """The experts' own unit casts their parameters and what comes to them; the rest is float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.manual_seed(0)
+    model = make(dtype=torch.float32, shared_expert_intermediate_size=8, capacity_factor=None)
+    expected = copy.deepcopy(model)
+    fully_shard(model.experts, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    fully_shard(model)
+    x = make_data()[rank].float()
+    y = model(x)
+    y.square().mean().backward()
+    assert y.dtype == torch.float32
+    assert 0 < relative_error(y, expected(x).double()) < 2e-2
+    assert model.experts.down_proj.grad.dtype == torch.float32
+
+
+SCENARIOS = (
+    ddp,
+    ddp_in_a_group_of_its_own,
+    fsdp,
+    fsdp_from_meta_in_mixed_precision,
+    fsdp_of_the_experts_alone_in_mixed_precision,
+)
 
 
 def worker(rank, folder):

@@ -289,6 +289,46 @@ def test_megablocks(gated):
     assert bits_equal(layer.export_state_dict("megablocks"), state)
 
 
+@pytest.mark.parametrize("kind", ["float8_e8m0fnu", "uint8", "float32"])
+def test_float8_with_scales_that_are_powers_of_two(kind):
+    """Also as exponents alone, which have no sign; bit for bit what the numbers would give."""
+    layer = randomise(tiny("mixtral_8x7b", hidden_size=128, intermediate_size=128))
+    state = layer.export_state_dict("mixtral", layer=0)
+    expected = {}
+    for name in [n for n in state if "experts" in n]:
+        low = state[name].to(torch.float8_e4m3fn)
+        exponent = torch.randint(-9, 3, (2, 1))
+        scales = torch.ldexp(torch.ones(2, 1), exponent)
+        expected[name] = low.float() * scales.repeat_interleave(64, 0)
+        if kind == "uint8":
+            scales = (exponent + 127).to(torch.uint8)
+        state |= {name: low, f"{name}_scale_inv": scales.to(getattr(torch, kind))}
+    sizes = dict(hidden_size=128, intermediate_size=128)
+    loaded = MoE.from_pretrained_block(
+        state, 0, preset="mixtral_8x7b", dtype=torch.float32, **sizes
+    )
+    actual = loaded.export_state_dict("mixtral", layer=0)
+    assert all(bits_equal(actual[name], expected[name]) for name in expected)
+    assert min(tensor.min() for tensor in expected.values()) < 0
+
+
+@pytest.mark.parametrize(
+    "ending,system",
+    [
+        ("gate_up_proj_blocks", "MXFP4.*Mxfp4Config"),
+        ("0.w1.weight.absmax", "bitsandbytes.*dequantize"),
+        ("0.w1.weight.quant_state.bitsandbytes__nf4", "quantised by bitsandbytes"),
+        ("0.w1.qweight", "GPTQ or AWQ"),
+        ("0.w1.weight_packed", "compressed-tensors"),
+    ],
+)
+def test_other_quantisations_are_named(ending, system):
+    state = tiny("mixtral_8x7b").export_state_dict("mixtral", layer=0)
+    state[f"model.layers.0.block_sparse_moe.experts.{ending}"] = torch.zeros(4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=system):
+        MoE.from_pretrained_block(state, 0, preset="mixtral_8x7b", **SIZES)
+
+
 def test_float8_with_scales():
     """DeepSeek-V3 publishes float8, with a scale for each block of 128 by 128."""
     layer = randomise(tiny("deepseek_v3", hidden_size=256))

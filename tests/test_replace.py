@@ -1,6 +1,7 @@
 """Upcycling and replacing: the model computes what it did, under any names of its parts."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -111,7 +112,6 @@ def test_every_arrangement(make_ffn):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(top_k=1),
         dict(top_k=4),
         dict(score_function="sigmoid"),
         dict(score_function="softmax_topk", norm_topk_prob=False),
@@ -127,20 +127,138 @@ def test_every_layout_and_routing(options):
     assert_same_function(MoE.from_dense(ffn, 4, **options), ffn)
 
 
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_expert_a_token_starts_dense_and_can_learn(score_function, dtype):
+    ffn = Gated(12, 20, bias=True).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = MoE.from_dense(
+            ffn, 4, top_k=1, score_function=score_function, aux_loss_coef=0.0, dtype=dtype
+        )
+    assert_same_function(layer, ffn, 1e-4 if dtype == torch.float32 else 1e-2)
+    x = unit(200, 12, dtype=dtype)
+    y, routing = layer.train()(x, return_routing=True)
+    y.square().sum().backward()
+    assert layer.gate.weight.grad.norm() > 0.1
+    assert routing.plan.expert_counts.min() > 10  # the start is no collapse
+
+
+@pytest.mark.filterwarnings("ignore:MoE. a single weight")
+def test_one_expert_a_token_may_be_told_to_weigh_1():
+    ffn = Gated(12, 20, bias=True).double()
+    assert_same_function(MoE.from_dense(ffn, 4, top_k=1, norm_topk_prob=True), ffn)
+    assert_same_function(MoE.from_dense(ffn, 4, top_k=1, score_function="softmax_topk"), ffn)
+
+
 def test_the_dense_layer_stays_as_it_was():
     ffn = Plain(12, 20).bfloat16().eval()
-    before, state = torch.get_rng_state(), copy.deepcopy(ffn.state_dict())
+    state = copy.deepcopy(ffn.state_dict())
     layer = MoE.from_dense(ffn, 4, init_std=0.0)
     assert layer.gate.weight.dtype == torch.bfloat16 and not layer.training and not ffn.training
     assert bits_equal(state, ffn.state_dict())
     with torch.no_grad():
         layer.experts.down_proj.zero_()
     assert bits_equal(state, ffn.state_dict())
-    assert layer.experts.down_proj.requires_grad and before.shape == torch.get_rng_state().shape
+    assert all(p.requires_grad for p in (*layer.parameters(), *ffn.parameters()))
     with pytest.warns(UserWarning, match="dropout"):
         MoE.from_dense(
             nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Dropout(0.1), nn.Linear(6, 4)), 2
         )
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.zero_(),  # of the last layer alone, see below
+        lambda t: t.mul_(1e-20),
+        lambda t: t.mul_(1e15),
+        lambda t: t.add_(50.0),
+    ],
+    ids=["zero", "tiny", "huge", "shifted"],
+)
+def test_the_activation_is_told_whatever_the_weights(name, change):
+    """A last layer of zeros is how residual branches are often initialised: all fit then."""
+    torch.manual_seed(len(name))
+    ffn = (Gated if name in GATED else Plain)(12, 12, name, True)
+    with torch.no_grad():
+        for part, p in ffn.named_parameters():
+            if part.startswith(("out", "fc2")) or change(torch.ones(1)) != 0:
+                change(p)
+    layer = MoE.from_dense(ffn, num_experts=2)
+    assert layer.activation == name
+    ups = (ffn.switch, ffn.value) if name in GATED else (ffn.fc1,)
+    assert bits_equal(layer.experts.weights()[0][1], torch.cat([up.weight for up in ups]))
+
+
+@pytest.mark.parametrize("phi", [nn.ReLU6(), nn.Hardtanh(0, 100.0), nn.Softplus(20.0), nn.Mish()])
+def test_an_activation_that_is_only_nearly_one_of_ours(phi):
+    ffn = nn.Sequential(nn.Linear(4, 64), phi, nn.Linear(64, 4))
+    with pytest.raises(ValueError, match="computes something else"):
+        MoE.from_dense(ffn)
+
+
+def test_several_that_fit_are_refused(monkeypatch):
+    monkeypatch.setattr("moe_ext.dense._distance", lambda actual, expected: 0.0)
+    with pytest.raises(ValueError, match=r"activation must be named where several fit \(silu, "):
+        MoE.from_dense(Plain(4, 6))
+    assert MoE.from_dense(Plain(4, 6), activation="relu").activation == "relu"
+
+
+def test_trying_it_out_is_not_noticed():
+    ffn, seen = Plain(12, 20), []
+    hooks = [
+        ffn.register_forward_pre_hook(lambda *_: seen.append("before")),
+        ffn.fc1.register_forward_hook(lambda *_: seen.append("after")),
+        nn.modules.module.register_module_forward_hook(lambda *_: seen.append("any")),
+    ]
+    try:
+        before = torch.get_rng_state()
+        moe_ext.dense.read_dense(ffn)
+        assert not seen and torch.equal(before, torch.get_rng_state())
+        ffn(unit(2, 12))
+        assert seen == ["before", "any", "after", "any", "any"]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
+)
+def test_made_inside_a_context(context):
+    ffn = Plain(12, 20).double()
+    net = nn.Sequential(Block(12, ffn)).double()
+    with context():
+        layer = MoE.from_dense(ffn, 4)
+        moe_ext.replace_ffn(net, 4)
+    assert_same_function(layer, ffn)
+    for trained in (layer, net):
+        trained(unit(2, 3, 12, dtype=torch.float64)).sum().backward()
+        assert all(p.requires_grad for p in trained.parameters())
+
+
+def test_a_compiled_ffn():
+    ffn = Plain(12, 20).double()
+    assert_same_function(MoE.from_dense(torch.compile(ffn, backend="eager"), 4), ffn)
+
+
+def test_copies_of_what_is_frozen_are_frozen():
+    ffn = Gated(12, 20, bias=True)
+    ffn.out.weight.requires_grad_(False)
+    experts = MoE.from_dense(ffn, 4).experts
+    frozen = [name for name, p in experts.named_parameters() if not p.requires_grad]
+    assert frozen == ["down_proj"]
+    ffn.value.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="requires_grad alike in gate and up"):
+        MoE.from_dense(ffn)
 
 
 class Odd(Plain):
@@ -214,6 +332,21 @@ def test_replace_with_fresh_experts():
     )
     with pytest.raises(ValueError, match="intermediate_size must be left out"):
         moe_ext.replace_ffn(model(), intermediate_size=5)
+
+
+def test_fresh_experts_on_the_meta_device():
+    with torch.device("meta"):
+        net = nn.Sequential(Block(12, Gated(12, 20)), Block(12, Plain(12, 20, "relu2")))
+    with pytest.raises(ValueError, match="upcycled=False"):
+        moe_ext.replace_ffn(net, 4)
+    swapped = moe_ext.replace_ffn(net, 4, upcycled=False)
+    assert [layer.activation for layer in swapped.values()] == ["swiglu", "relu2"]
+    assert all(p.is_meta for p in net.parameters())
+    net = net.to_empty(device="cpu")
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
+    net(unit(2, 3, 12)).sum().backward()
+    assert swapped["0.mlp"].stats()["tokens"] == 6
 
 
 def test_a_shared_ffn_becomes_a_shared_layer():

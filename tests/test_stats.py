@@ -1,6 +1,7 @@
 """stats(): what is counted, when, and that nobody else touches it; loss-free balancing."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_stats_are_those_of_the_layer_written_out(
     layer(x, padding_mask=mask)
     stats = layer.stats()
     expected = naive_layer(layer, x, mask)[3]
-    assert stats.pop("load").tolist() == expected.pop("load")
+    assert stats.load.tolist() == expected.pop("load")
     assert stats.pop("forwards") == 1
     if expected["tokens"] == 0:
         expected["entropy"] = expected["token_entropy"] = 0.0
@@ -51,10 +52,10 @@ def test_forwards_add_up_and_a_reset_starts_again():
     whole(x)
     stats, expected = layer.stats(reset=True), whole.stats()
     assert stats.pop("forwards") == 3 and expected.pop("forwards") == 1
-    assert torch.equal(stats.pop("load"), expected.pop("load"))
+    assert torch.equal(stats.load, expected.load)
     assert stats == pytest.approx(expected)
     empty = layer.stats()
-    assert not empty.pop("load").any() and set(empty.values()) == {0.0}
+    assert not empty.load.any() and set(empty.values()) == {0.0}
     layer(x - 1e3)  # a largest logit below the one before the reset also counts
     assert layer.stats()["max_logit"] != expected["max_logit"]
 
@@ -63,12 +64,15 @@ def test_a_plain_dict_for_any_logger():
     layer = make()
     layer(unit(5, H, dtype=torch.float64))
     stats = layer.stats()
-    load = stats.pop("load")
+    load = stats.load
     assert load.shape == (E,) and load.device.type == "cpu"
     assert all(type(value) is float for value in stats.values())
     json.dumps(stats)
     assert list(stats) == ["drop_rate", "lost_rate", "entropy", "token_entropy", "max_violation",
                            "dead_experts", "max_logit", "tokens", "forwards"]  # fmt: skip
+    assert stats["load"] is load and pickle.loads(pickle.dumps(stats)).load.equal(load)
+    with pytest.raises(KeyError, match="loads"):
+        stats["loads"]
     with pytest.raises(TypeError, match="reset must be True or False"):
         layer.stats(reset=1)
 
@@ -112,7 +116,7 @@ def test_replayed_routing_is_counted():
     once = layer.stats(reset=True)
     layer(x, routing=routing)
     again = layer.stats()
-    assert torch.equal(once.pop("load"), again.pop("load")) and once == again
+    assert torch.equal(once.load, again.load) and once == again
 
 
 # ---- loss-free balancing -------------------------------------------------------------

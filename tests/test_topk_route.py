@@ -152,6 +152,18 @@ def test_padding(score_function, dtype):
             assert bits_equal(value, result[name]), name
 
 
+@pytest.mark.parametrize("module", [functional, reference])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "softmax_topk"])
+def test_padding_that_is_nan_has_no_gradient(module, score_function):
+    mask = torch.tensor([False, True, False])
+    logits = unit(3, 8).masked_fill(mask[:, None], float("nan")).requires_grad_()
+    route = module.topk_route(logits, 2, padding_mask=mask, score_function=score_function)
+    floats = (route.weights * unit(3, 2)).sum() + (route.score_sums * unit(8)).sum()
+    (floats + route.logsumexp.square().sum()).backward()
+    assert logits.grad[~mask].any(-1).all() and logits.grad.isfinite().all()
+    assert not logits.grad[mask].any()
+
+
 def test_all_padding():
     result = check(eighths(4, 3), 2, padding_mask=torch.ones(4, dtype=torch.bool))
     assert all(not value.any() for name, value in result.items() if name != "experts")

@@ -1,5 +1,7 @@
 """MoE with the weights of transformers' own blocks: the same outputs, the same gradients."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock  
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock  # noqa: E402
 from transformers.models.switch_transformers.modeling_switch_transformers import (  # noqa: E402
     SwitchTransformersSparseMLP,
+    SwitchTransformersTop1Router,
 )
 
 H, I, E, K = 32, 20, 8, 3
@@ -119,6 +122,8 @@ def results(module, x, dy, rename=lambda tensors: tensors):
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("shape", ((2, 13), (16, 1), (3, 40)))
 def test_block(name, shape):
+    if name == "switch" and "torch.argmax" not in inspect.getsource(SwitchTransformersTop1Router):
+        pytest.skip("Switch of this transformers counts an expert's capacity over the whole batch")
     block, options = BLOCKS[name]()
     initialise(block)
     options = dict(top_k=K, capacity_factor=None, aux_loss_coef=0.0) | options

@@ -50,7 +50,7 @@ inline RouteOptions check_topk_route(const at::Tensor& logits, int64_t top_k,
               "in 1..n_group = ", n_group);
   check_value(op, "top_k", top_k <= topk_group * (E / n_group), top_k,
               "at most the experts of topk_group groups, ", topk_group * (E / n_group));
-  const RouteOptions options{
+  RouteOptions options{
       E,
       top_k,
       check_score_function(op, score_function),
@@ -60,6 +60,9 @@ inline RouteOptions check_topk_route(const at::Tensor& logits, int64_t top_k,
       topk_group,
       static_cast<GroupScore>(check_name(op, "group_score", group_score, {"max", "top2_sum"})),
       /*replay=*/experts.has_value()};
+  const bool adds_scores = options.group_score == kTop2Sum && topk_group < n_group;
+  options.by_logits =
+      options.score_function == kSoftmaxTopk && !selection_bias.has_value() && !adds_scores;
   if (selection_bias) {
     check_argument(op, "selection_bias", *selection_bias, is_float(*selection_bias),
                    selection_bias->dim() == 1 && selection_bias->size(0) == E,

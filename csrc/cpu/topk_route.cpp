@@ -66,8 +66,9 @@ struct Chooser {
   Chooser(const RouteOptions& o, const A* bias)
       : o(o), bias(bias), keys(padded(o)), order(o.num_experts), group_scores(o.n_group) {}
 
-  MOE_EXT_INLINE void choose(const A* scores, int32_t* experts) {
+  MOE_EXT_INLINE void choose(const RouteRow<A>& row, int32_t* experts) {
     const int64_t E = o.num_experts;
+    const A* scores = (o.by_logits ? row.logits : row.scores).data();
     key_t<A>* key = keys.data();
     if (bias) {
       const A* b = bias;
@@ -152,7 +153,7 @@ struct RouteBlock {
       const A share = 1 / row.score_sum;
 #pragma omp simd
       for (int64_t e = 0; e < E; ++e) score_sums[e] += scores[e] * share;
-      if (!o.replay) chooser.choose(scores, expert);
+      if (!o.replay) chooser.choose(row, expert);
       weigh(row, o, expert, weight);
       for (int64_t j = 0; j < K; ++j) weight[j] *= scale;
     }

@@ -86,9 +86,11 @@ inline std::string built_archs() {
 // What to tell whoever has a GPU that was not built for.
 inline std::string other_gpu(const cudaDeviceProp& device) {
   const std::string major = std::to_string(device.major), minor = std::to_string(device.minor);
+  const char* all =
+      device.major == 9 && device.minor == 0 ? "a" : "";  // as moe_ext/_load.py has it
   return std::string("moe_ext was built for ") + built_archs() + ", and this GPU is a " +
          device.name + " (sm_" + major + minor +
-         "). Rebuild it for this one: " + "TORCH_CUDA_ARCH_LIST=" + major + "." + minor +
+         "). Rebuild it for this one: " + "TORCH_CUDA_ARCH_LIST=" + major + "." + minor + all +
          " pip install --no-build-isolation --no-deps --force-reinstall . in the folder of"
          " moe_ext's sources (sm_80 is the oldest that it can be built for)";
 }

@@ -6,33 +6,38 @@
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 
+#include "cuda/check_plan.h"
 #include "cuda/kernels/weighted_combine.h"
 
 namespace moe_ext {
 namespace {
+
+// Whether products of this dtype may round their operands to tf32. Only float32's could, so
+// only for them is torch asked, and by the newer of its two switches: where a program has used
+// that one (transformers does), the older question raises; and setting the older sets both.
+bool allows_tf32(const at::Tensor& x) {
+  return x.scalar_type() == at::kFloat &&
+         at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+             at::Float32Precision::TF32;
+}
 
 const void* pointer(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
 cuda::GemmContext context_of(const OnDevice& device, const FfnCall& call, bool batch_invariant) {
-  return {dtype_of(call.x),
-          device.sm(),
-          device.sm_count(),
-          at::globalContext().allowTF32CuBLAS(),
-          batch_invariant,
-          call.tokens,
-          call.rows,
-          call.experts,
-          call.expert_offsets.const_data_ptr<int32_t>()};
+  return {dtype_of(call.x),    device.sm(),     device.sm_count(),
+          allows_tf32(call.x), batch_invariant, call.tokens,
+          call.rows,           call.experts,    call.expert_offsets.const_data_ptr<int32_t>()};
 }
 
 // A (rows, columns) matrix of our own, or a tensor of tokens that rows are gathered from.
 cuda::RowMatrix rows_of(const at::Tensor& matrix) {
-  return {matrix.const_data_ptr(), matrix.stride(0), nullptr};
+  return {matrix.const_data_ptr(), matrix.stride(0), nullptr, 0};
 }
 cuda::RowMatrix gathered(const at::Tensor& tokens, const FfnCall& call) {
-  return {tokens.const_data_ptr(), tokens.stride(0), call.row_token.const_data_ptr<int32_t>()};
+  return {tokens.const_data_ptr(), tokens.stride(0), call.row_token.const_data_ptr<int32_t>(),
+          tokens.size(0)};
 }
 
 cuda::ExpertMatrix matrix_of(const at::Tensor& weight, int64_t n_dim, int64_t k_dim) {
@@ -61,6 +66,15 @@ cuda::Epilogue activation(cuda::EpilogueKind kind, const FfnCall& call, const at
   return e;
 }
 
+void check_rows(const char* op, const FfnCall& call, const at::Tensor& row_assignment) {
+  const int64_t used = check_offsets(op, call.expert_offsets, call.rows);
+  check_indices(op, "row_token", call.row_token, call.tokens, false, used);
+  check_indices(op, "assignment_row", call.assignment_row, call.rows, true);
+  if (row_assignment.defined()) {
+    check_indices(op, "row_assignment", row_assignment, call.assignment_row.numel(), false, used);
+  }
+}
+
 at::Tensor contiguous(const at::Tensor& bias) { return bias.defined() ? bias.contiguous() : bias; }
 
 }  // namespace
@@ -68,7 +82,9 @@ at::Tensor contiguous(const at::Tensor& bias) { return bias.defined() ? bias.con
 // ---- forward
 
 FfnRows ffn_forward(const char* op, const OnDevice& device, const FfnCall& call,
-                    bool keep_preactivations, bool batch_invariant) {
+                    bool keep_preactivations, bool batch_invariant,
+                    const at::Tensor& row_assignment) {
+  check_rows(op, call, row_assignment);
   const auto options = call.x.options();
   const cuda::GemmContext context = context_of(device, call, batch_invariant);
   FfnRows result{
@@ -123,6 +139,7 @@ std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& 
                                                 const FfnCall& call, const Upstream& upstream,
                                                 const at::Tensor& preactivations,
                                                 std::array<bool, kGradients> wanted) {
+  check_rows(op, call, upstream.row_assignment);
   const auto options = call.x.options();
   const cuda::GemmContext context = context_of(device, call, false);
   const bool weighted = upstream.weights.defined();
@@ -150,6 +167,7 @@ std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& 
     e.weights = pointer(upstream.weights);
     e.weights_dtype = weights_dtype;
     e.row_assignment = row_assignment;
+    e.assignments = call.assignment_row.numel();
     at::Tensor score_parts;
     const int64_t tiles = cuda::column_tiles(gemm);
     if (wanted[kWeights]) {
@@ -196,9 +214,10 @@ std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& 
   const auto bias_gradient = [&](Gradient which, int64_t columns, cuda::RowMatrix rows,
                                  const at::Tensor& weights) {
     gradients[which] = at::empty({call.experts, columns}, options);
-    check_launch(op, cuda::bias_gradient({context, columns, rows, pointer(weights), weights_dtype,
-                                          row_assignment, gradients[which].mutable_data_ptr()},
-                                         device.stream()));
+    check_launch(op, cuda::bias_gradient(
+                         {context, columns, rows, pointer(weights), weights_dtype, row_assignment,
+                          call.assignment_row.numel(), gradients[which].mutable_data_ptr()},
+                         device.stream()));
   };
   if (wanted[kUpBias]) bias_gradient(kUpBias, call.width, rows_of(dh), {});
   if (wanted[kDownBias]) bias_gradient(kDownBias, call.hidden, dy, upstream.weights);

@@ -22,7 +22,8 @@ struct FfnRows {
 };
 
 FfnRows ffn_forward(const char* op, const OnDevice& device, const FfnCall& call,
-                    bool keep_preactivations, bool batch_invariant);
+                    bool keep_preactivations, bool batch_invariant,
+                    const at::Tensor& row_assignment = {});
 
 // Where rows come from and what they are weighted by, on the way back.
 struct Upstream {

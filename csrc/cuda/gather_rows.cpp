@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cuda/check_plan.h"
 #include "cuda/device.h"
 #include "cuda/kernels/weighted_combine.h"
 
@@ -31,6 +32,8 @@ cuda::TokenRows token_rows(const at::Tensor& rows, const at::Tensor& assignment_
 at::Tensor gather_rows(const at::Tensor& x, const at::Tensor& row_token,
                        const at::Tensor& assignment_row) {
   check_gather_rows(x, row_token, assignment_row);
+  check_indices("gather_rows", "row_token", row_token, x.size(0), true);
+  check_indices("gather_rows", "assignment_row", assignment_row, row_token.size(0), true);
   const OnDevice device(x);
   const at::Tensor source = x.contiguous();
   const at::Tensor plan = assignment_row.contiguous(), owner = row_token.contiguous();
@@ -38,6 +41,7 @@ at::Tensor gather_rows(const at::Tensor& x, const at::Tensor& row_token,
   const cuda::TokenSumsGradient gather{
       .plan = token_rows(rows, plan),
       .row_owner = owner.const_data_ptr<int32_t>(),
+      .owners = x.size(0),
       .dy = source.const_data_ptr(),
       .drows = rows.mutable_data_ptr(),
   };
@@ -47,6 +51,7 @@ at::Tensor gather_rows(const at::Tensor& x, const at::Tensor& row_token,
 
 at::Tensor gather_rows_backward(const at::Tensor& grad_rows, const at::Tensor& assignment_row) {
   check_gather_rows_backward(grad_rows, assignment_row);
+  check_indices("gather_rows_backward", "assignment_row", assignment_row, grad_rows.size(0), true);
   const OnDevice device(grad_rows);
   const at::Tensor source = grad_rows.contiguous(), plan = assignment_row.contiguous();
   at::Tensor dx = at::empty({plan.size(0), grad_rows.size(1)}, grad_rows.options());

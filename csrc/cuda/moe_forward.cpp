@@ -27,7 +27,8 @@ std::tuple<at::Tensor, at::Tensor> moe_forward(
                 down_bias, activation, limit, alpha, up_offset, transposed, interleaved);
   check_routing(op, call, weights, row_assignment);
   const OnDevice device(x);
-  const FfnRows result = ffn_forward(op, device, call, keep_preactivations, batch_invariant);
+  const FfnRows result =
+      ffn_forward(op, device, call, keep_preactivations, batch_invariant, row_assignment);
   return {combine_tokens(op, device, call, result.rows, weights.contiguous()),
           result.preactivations};
 }

@@ -9,6 +9,7 @@
 #include <array>
 #include <tuple>
 
+#include "cuda/check_plan.h"
 #include "cuda/device.h"
 #include "cuda/kernels/weighted_combine.h"
 
@@ -32,10 +33,17 @@ cuda::TokenRows token_rows(const at::Tensor& rows, const at::Tensor& weights,
   };
 }
 
+void check_plan_of_rows(const char* op, const at::Tensor& row_assignment,
+                        const at::Tensor& assignment_row) {
+  check_indices(op, "row_assignment", row_assignment, assignment_row.numel(), true);
+  check_indices(op, "assignment_row", assignment_row, row_assignment.size(0), true);
+}
+
 at::Tensor weighted_combine(const at::Tensor& rows, const at::Tensor& weights,
                             const at::Tensor& row_assignment, const at::Tensor& assignment_row) {
   constexpr const char* op = "weighted_combine";
   check_weighted_combine(op, rows, weights, row_assignment, assignment_row);
+  check_plan_of_rows(op, row_assignment, assignment_row);
   const OnDevice device(rows);
   const at::Tensor r = rows.contiguous(), w = weights.contiguous();
   const at::Tensor plan = assignment_row.contiguous();
@@ -56,6 +64,7 @@ std::tuple<at::Tensor, at::Tensor> weighted_combine_backward(const at::Tensor& g
                                                              const at::Tensor& assignment_row,
                                                              std::array<bool, 2> output_mask) {
   check_weighted_combine_backward(grad_y, rows, weights, row_assignment, assignment_row);
+  check_plan_of_rows("weighted_combine_backward", row_assignment, assignment_row);
   const OnDevice device(rows);
   const at::Tensor dy = grad_y.contiguous(), r = rows.contiguous(), w = weights.contiguous();
   const at::Tensor plan = assignment_row.contiguous(), owner = row_assignment.contiguous();
@@ -67,6 +76,7 @@ std::tuple<at::Tensor, at::Tensor> weighted_combine_backward(const at::Tensor& g
   const cuda::TokenSumsGradient gradient{
       .plan = token_rows(r, w, plan),
       .row_owner = owner.const_data_ptr<int32_t>(),
+      .owners = weights.numel(),
       .dy = dy.const_data_ptr(),
       .rows = r.const_data_ptr(),
       .drows = wants_rows ? drows.mutable_data_ptr() : nullptr,

@@ -27,6 +27,8 @@ def load():
 
 
 def compile_for_gpu():
+    from torch.utils.cpp_extension import CUDA_HOME
+
     root = HERE.parents[1]
     target = root / "build" / "primitives" / "libprimitives.so"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -34,8 +36,9 @@ def compile_for_gpu():
     newest = max(file.stat().st_mtime for file in [*sources, *root.glob("csrc/cuda/kernels/*.cuh")])
     if not target.exists() or target.stat().st_mtime < newest:
         major, minor = torch.cuda.get_device_capability()
+        nvcc = f"{CUDA_HOME}/bin/nvcc" if CUDA_HOME else "nvcc"
         command = [
-            "nvcc", "-std=c++17", "-O2", f"-arch=sm_{major}{minor}", "-I", root / "csrc",
+            nvcc, "-std=c++17", "-O2", f"-arch=sm_{major}{minor}", "-I", root / "csrc",
             "-Xcompiler", "-fPIC", "-shared", "-o", target, *sources,
         ]  # fmt: skip
         subprocess.run(command, check=True)

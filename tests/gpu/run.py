@@ -1,60 +1,145 @@
-"""What `make gpu-tests` and `make gpu-sanitizer` run on a machine with a GPU.
+"""What `make gpu` runs on a machine with a GPU, part by part, in 15 minutes.
 
-    python tests/gpu/run.py tests        the primitives (written down as golden data for the
-                                         emulator), the stages and the layer on CUDA tensors,
-                                         what only a GPU can show
-    python tests/gpu/run.py sanitizer    compute-sanitizer's four tools over small.py
+    python tests/gpu/run.py                         every part, in this order:
+        build         the library for this GPU, unless one that fits lies there already
+        primitives    the emulator's primitives on the hardware; their results become golden data
+        kernels       every stage's kernels, every tile of the products, against float64
+        bench         three large shapes beside grouped_mm and the dense bound
+        gpu_only      graphs, streams, no waiting, more than 2^31 elements
+        layer         the layer, its losses and statistics, torch.compile
+        memcheck, racecheck, synccheck, initcheck    compute-sanitizer over small.py
+    python tests/gpu/run.py kernels bench           these
+    python tests/gpu/run.py --dry                   without a GPU: the same steps as far as they go
 
-Every part is run, whatever became of the one before; the exit code says whether all passed.
---seconds bounds them together.
+A part that fails or takes too long ends itself and no other. Each prints a table as it goes,
+and keeps a JSON file and its log in --out up to date, so that they are there when it is killed;
+summary.json has the verdicts. The exit code is the worst of the parts'.
 """
 
 import argparse
+import contextlib
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
 STAGES = (
-    "router_logits", "topk_route", "capacity_scatter", "gather_rows", "grouped_ffn",
+    "ffn_kernels", "router_logits", "topk_route", "capacity_scatter", "gather_rows", "grouped_ffn",
     "weighted_combine", "moe_forward", "accumulate_stats",
 )  # fmt: skip
-LAYER = ("moe", "losses", "stats", "checkpoint", "compile")
+LAYER = ("moe", "layer_state", "losses", "stats", "checkpoint", "compile")
+SHAPES = ("mixtral", "olmoe", "qwen3_30b_8k")
+TIMED_OUT = 124
 
 
-def pytest(*arguments):
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+class Part(NamedTuple):
+    command: list
+    seconds: int
+    environment: dict = {}
 
 
-def tests():
-    """(name, command, environment)"""
-    files = [f"tests/test_{name}.py" for name in (*STAGES, *LAYER)]
-    yield (
-        "primitives",
-        pytest("--backend", "cuda", "tests/emulator/test_primitives.py"),
-        {"MOE_EXT_GOLDEN": "write"},
+# ---- the parts -----------------------------------------------------------------------
+
+
+def files(names):
+    return [f"tests/test_{name}.py" for name in names]
+
+
+def parts(out, dry):
+    """{name: Part}, in order."""
+    backend = "emulated" if dry else "cuda"
+    workers = str(min(2 if dry else 8, os.cpu_count()))  # they share the one GPU
+
+    def pytest(name, *arguments):
+        results = ["--results", out / f"{name}.json"]
+        return [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *results,
+            *arguments,
+        ]
+
+    def suite(name, tests, *few):
+        """`few`: what a dry run takes of it."""
+        return pytest(name, "--backend", backend, *(few if dry else ["-n", workers]), *tests)
+
+    bench = [
+        sys.executable,
+        "benchmarks/bench_layer.py",
+        "--device",
+        "cuda",
+        "--out",
+        out / "bench.json",
+    ]
+    setup = [sys.executable, "setup.py"]
+    found = {
+        "build": Part(
+            [*setup, "--version"] if dry else [*setup, "build_ext", "--inplace"],
+            300,
+            {} if dry else {"MOE_EXT_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": archs()},
+        ),
+        "primitives": Part(
+            pytest("primitives", "--backend", backend, "tests/emulator/test_primitives.py"),
+            90,
+            {} if dry else {"MOE_EXT_GOLDEN": "write"},
+        ),
+        "kernels": Part(
+            suite("kernels", files(STAGES), "-k", "test_tiles and layout0 and 256 or test_no_token"),
+            210,
+        ),
+        "bench": Part([*bench, *(["--dry"] if dry else ["--shapes", *SHAPES])], 180),
+        "gpu_only": Part(
+            pytest("gpu_only", "tests/test_cuda.py", "tests/test_cuda_build.py"), 120
+        ),
+        "layer": Part(suite("layer", files(LAYER), "-k", "test_few_experts or test_autocast"), 150),
+    }  # fmt: skip
+    for tool in ("memcheck",) if dry else ("memcheck", "racecheck", "synccheck", "initcheck"):
+        found[tool] = sanitizer(tool, dry)
+    return found
+
+
+def archs():
+    """TORCH_CUDA_ARCH_LIST for the GPU that is there."""
+    from_environment = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    return from_environment or said_by_load("arch_list(torch.cuda.get_device_capability())")
+
+
+def said_by_load(expression):
+    """What an expression over moe_ext._load gives; no library is loaded."""
+    code = f"import torch; from moe_ext._load import *; print({expression})"
+    environment = os.environ | {"MOE_EXT_BACKEND": "reference", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    yield "only on a GPU", pytest("tests/test_cuda.py", "tests/test_cuda_build.py"), {}
-    workers = str(min(8, os.cpu_count()))  # they share the one GPU
-    yield "stages and layer", pytest("--backend", "cuda", "-n", workers, *files), {}
+    return done.stdout.strip()
 
 
-def sanitizer():
-    program = find_sanitizer()
-    if program is None:
-        sys.exit("no compute-sanitizer (in the toolkit, or pip's nvidia-cuda-sanitizer-api)")
-    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+def sanitizer(tool, dry):
+    program = None if dry else find_sanitizer()
+    command = [sys.executable, "tests/gpu/small.py"]
+    if program is not None:
         # initcheck must see torch's kernels write what ours read.
         ours = [] if tool == "initcheck" else ["--kernel-regex", "kns=moe_ext"]
-        command = [
-            program, "--tool", tool, *ours, "--error-exitcode", "9", "--print-limit", "20",
-            sys.executable, "tests/gpu/small.py",
-        ]  # fmt: skip
-        # Without torch's pools every tensor is an allocation, whose end memcheck knows.
-        yield tool, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        begin = [program, "--tool", tool, *ours, "--error-exitcode", "9", "--print-limit", "20"]
+        command = [*begin, *command]
+    elif not dry:
+        command = [sys.executable, "-c", "raise SystemExit('no compute-sanitizer was found')"]
+    # Without torch's pools every tensor is an allocation, whose end memcheck knows.
+    environment = (
+        {"MOE_EXT_BACKEND": "emulated"} if dry else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    )
+    return Part(command, 120, environment)
 
 
 def find_sanitizer():
@@ -67,27 +152,80 @@ def find_sanitizer():
     return found or next((str(name) for name in names if name.exists()), None)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("tests", "sanitizer"))
-    parser.add_argument("--seconds", type=float, default=500)
-    arguments = parser.parse_args()
-    begin, verdicts = time.time(), []
-    for name, command, environment in {"tests": tests, "sanitizer": sanitizer}[arguments.part]():
-        left = arguments.seconds - (time.time() - begin)
-        started = time.time()
-        print(f"==== {name}", flush=True)
+# ---- running them ----------------------------------------------------------------------
+
+
+def run(part, seconds, log):
+    """The exit code of a part, whose words go to the terminal and into its log."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | part.environment
+    tee = ["tee", str(log)]
+    with subprocess.Popen(tee, stdin=subprocess.PIPE) as words:
+        process = subprocess.Popen(
+            [str(word) for word in part.command], cwd=ROOT, env=environment,
+            stdout=words.stdin, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
         try:
-            environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-            code = subprocess.run(
-                command, cwd=ROOT, env=os.environ | environment, timeout=max(left, 1)
-            ).returncode
-            verdict = "passed" if code == 0 else f"FAILED (exit code {code})"
+            return process.wait(timeout=max(seconds, 1))
         except subprocess.TimeoutExpired:
-            verdict = "NOT FINISHED in time"
-        verdicts.append(f"{verdict:<24} {time.time() - started:4.0f} s  {name}")
-    print("\n".join(["====", *verdicts]))
-    sys.exit(any(not verdict.startswith("passed") for verdict in verdicts))
+            return TIMED_OUT
+        finally:  # its compilers and workers with it
+            for last in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, last)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=3)
+
+
+def verdict_of(code):
+    if code == 0:
+        return "passed"
+    return "NOT FINISHED in time" if code == TIMED_OUT else f"FAILED (exit code {code})"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", help="default: all")
+    parser.add_argument("--seconds", type=float, default=840, help="for all parts together")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"default {OUT}")
+    parser.add_argument("--dry", action="store_true", help="without a GPU")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    known = parts(out, arguments.dry)
+    wanted = arguments.parts or list(known)
+    if unknown := set(wanted) - set(known):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+
+    end, summary = time.time() + arguments.seconds, {}
+
+    def note(name, verdict, seconds=0.0):
+        summary[name] = {"verdict": verdict, "seconds": round(seconds, 1)}
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+    worst = 0
+    for name in wanted:
+        part, begin = known[name], time.time()
+        if name == "build" and not arguments.dry and said_by_load("carried()") == "True":
+            note(name, "passed (it fits already)")
+            continue
+        if begin >= end:
+            code = TIMED_OUT
+        else:
+            print(f"==== {name}", flush=True)
+            note(name, "running")
+            code = run(part, min(part.seconds, end - begin), out / f"{name}.log")
+        note(name, verdict_of(code), time.time() - begin)
+        worst = max(worst, abs(code))
+    print(f"==== {out}")
+    for name, result in summary.items():
+        print(f"{result['verdict']:<24} {result['seconds']:6.0f} s  {name}")
+    golden = ROOT / "tests" / "emulator" / "golden"
+    if golden.exists():
+        shutil.copytree(golden, out / "golden", dirs_exist_ok=True)
+    sys.exit(worst)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """replace() and restore(): models whose experts do not go through transformers' registry."""
 
 import copy
+import itertools
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from oracle import bits_equal, relative_error, unit
 
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 
 from test_conformance import FLOAT32_ERROR  # noqa: E402
 
@@ -264,35 +268,47 @@ def test_restore(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_saves_and_loads_as_the_original(name, tmp_path):
-    """While replaced, too: checkpoints of either are read by the other."""
+    """While replaced, too: checkpoints of either are read by the other, and state_dicts by ours."""
     model = make(name)
     inputs = batch(model)
     original = copy.deepcopy(model)
     expected = original(**inputs)[0]
     state = dict(original.state_dict())
     replaced(model)
-    assert list(model.state_dict()) == list(state) and bits_equal(dict(model.state_dict()), state)
     model.save_pretrained(tmp_path)
     reloaded = type(original).from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert bits_equal(dict(reloaded.state_dict()), state)
     # Loaded weights lie at any address, and with it some BLAS change their order of summation.
     assert relative_error(reloaded(**inputs)[0], expected.double()) < FLOAT32_ERROR
 
-    ours = model(**inputs)[0]
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    model.load_state_dict(state)
-    assert bits_equal(model(**inputs)[0], ours)
+    ours, state_of_now = model(**inputs)[0], copy.deepcopy(model.state_dict())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert parameters.keys() <= state_of_now.keys()
+    for assign, each in itertools.product((False, True), (state, state_of_now)):
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        model.load_state_dict(each, assign=assign)
+        assert bits_equal(model(**inputs)[0], ours)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert bits_equal(other(**inputs)[0], ours)
 
 
+def safetensors_of(folder):
+    return safetensors.load_file(folder / "model.safetensors")
+
+
 def test_load_state_dict_says_what_does_not_fit():
-    model = replaced(make("dbrx"))
+    model = make("dbrx")
     state, experts = model.state_dict(), "transformer.blocks.1.ffn.experts.mlp"
+    replaced(model)
     state[f"{experts}.w4"] = state.pop(f"{experts}.w2")
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert missing == [f"{experts}.w2"] and unexpected == [f"{experts}.w4"]
+    assert missing == ["transformer.blocks.1.ffn.experts.down_proj"]
+    assert unexpected == [f"{experts}.w4"]
+    v1 = state.pop(f"{experts}.v1")
+    missing, _ = model.load_state_dict(state, strict=False)
+    assert missing[1:] == [f"{experts}.v1"]
+    state[f"{experts}.v1"] = v1
     state[f"{experts}.w2"] = state.pop(f"{experts}.w4").T
     with pytest.raises(RuntimeError, match=r"w2 must be of shape \(120, 32\), got \(32, 120\)"):
         model.load_state_dict(state)
@@ -313,6 +329,66 @@ def test_parameters_become_one_a_matrix():
     restore(model)
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     assert len(frozen) == 24 and all("expert" in n for n in frozen)
+
+
+@pytest.mark.parametrize("part", ["wi", "wo"])
+def test_a_frozen_matrix_stays_frozen(part):
+    model = make("switch")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("expert_" not in name or part not in name)
+    before = {n for n, p in model.named_parameters() if not p.requires_grad}
+    replaced(model)
+    matrix = {"wi": "up_proj", "wo": "down_proj"}[part]
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert len(frozen) == 2 and all(n.endswith(f"experts.{matrix}") for n in frozen)
+    restore(model)
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == before
+
+
+@pytest.mark.parametrize("expert", [0, 5])
+def test_experts_of_which_some_are_frozen_are_refused(expert):
+    model = make("switch")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(
+            f"decoder.block.1.layer.2.mlp.experts.expert_{expert}." not in name
+        )
+    with pytest.raises(ValueError, match=f"False for expert_{expert}.wi.weight"):
+        replace(model)
+    assert not is_replaced(model)
+    half_of_a_stack = make("dbrx")
+    half_of_a_stack.transformer.blocks[0].ffn.experts.mlp.v1.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"mlp.w1, mlp.v1 become one .* False for mlp.v1"):
+        replace(half_of_a_stack)
+
+
+@pytest.mark.parametrize("name", ["switch", "nllb_moe", "dbrx"])
+def test_distributed_checkpoint(name):
+    """State of model and optimizer by torch.distributed.checkpoint, which goes by parameters' names."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = replaced(make(name))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    inputs = batch(model)
+    model(**inputs)[0].square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    expected = [p.detach().clone() for p in model.parameters()]
+    saved = copy.deepcopy(get_state_dict(model, optimizer))
+    for parameter in model.parameters():
+        parameter.data.add_(1)
+    set_state_dict(model, optimizer, model_state_dict=saved[0], optim_state_dict=saved[1])
+    assert bits_equal(list(model.parameters()), expected)
+
+
+def test_saving_from_another_process(tmp_path):
+    """A model that was pickled while it was replaced."""
+    model = make("switch")
+    state = dict(model.state_dict())
+    pickled = tmp_path / "model.pickle"
+    pickled.write_bytes(pickle.dumps(replaced(model)))
+    code = f"import pickle; pickle.load(open({str(pickled)!r}, 'rb')).save_pretrained({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert safetensors_of(tmp_path).keys() <= state.keys()
 
 
 @pytest.mark.parametrize("name,p", [("switch", "dropout_rate"), ("nllb_moe", "activation_dropout")])

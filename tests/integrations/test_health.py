@@ -104,11 +104,57 @@ def test_counts_what_the_routers_choose():
 
 def test_a_layer_of_ours_counts_for_itself():
     model = torch.nn.Sequential(moe_ext.MoE(8, 12, E), torch.nn.Linear(8, 8))
+    health = RoutingHealth(model)
     model(unit(2, 9, 8))
-    stats = RoutingHealth(model).stats()
+    stats = health.stats()
     assert list(stats) == ["0"] and stats["0"].keys() == model[0].stats().keys()
     assert torch.equal(stats["0"]["load"], model[0].stats()["load"])
     assert stats["0"]["max_logit"] == model[0].stats()["max_logit"] != 0
+
+
+@pytest.mark.parametrize("make", [lambda: torch.nn.Sequential(moe_ext.MoE(32, 12, E)), mixtral])
+def test_every_watcher_owns_its_counts(make):
+    model = make()
+    x = tokens(2, 10) if hasattr(model, "config") else unit(20, 32)
+
+    def seen(health):
+        return {numbers["tokens"] for numbers in health.stats().values()}
+
+    first = RoutingHealth(model)
+    model(x), model(x)
+    second = RoutingHealth(model)
+    model(x)
+    assert seen(first) == {60} and seen(second) == {20}
+    second.check()
+    assert seen(first) == {60} and seen(second) == {0}
+    for layer in model.modules():
+        if isinstance(layer, moe_ext.MoE):
+            assert layer.stats(reset=True)["tokens"] == 60
+            assert seen(first) == {60}
+    modules = list(first.layers.values())
+    assert all(len(module._routing_watchers) == 2 for module in modules)
+    del second
+    assert all(len(module._routing_watchers) == 1 for module in modules)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.nn.Sequential(moe_ext.MoE(32, 12, E)), mixtral])
+def test_training_and_evaluation_are_told_apart(make):
+    model = make().train()
+    x = tokens(2, 10) if hasattr(model, "config") else unit(20, 32)
+    health = RoutingHealth(model)
+    model(x)
+    model.eval()
+    model(x[:1]), model(x[:1])
+    in_training, in_evaluation, in_both = (
+        next(iter(health.stats(training=mode).values())) for mode in (True, False, None)
+    )
+    assert (in_training["forwards"], in_evaluation["forwards"], in_both["forwards"]) == (1, 2, 3)
+    assert torch.equal(in_both.load, in_training.load + in_evaluation.load)
+    if "max_logit" in in_both:
+        largest = max(in_training["max_logit"], in_evaluation["max_logit"])
+        assert in_both["max_logit"] == largest
+    health.stats(reset=True, training=False)
+    assert next(iter(health.stats().values()))["forwards"] == 1
 
 
 def test_counts_once_under_checkpointing():
@@ -156,6 +202,54 @@ def check_quietly(health):
         return health.check()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("make", [lambda: torch.nn.Sequential(moe_ext.MoE(32, 12, E)), deepseek_v3])
+def test_says_once_that_scores_are_nan_and_goes_on(make, bad):
+    model = make()
+    is_ours = not hasattr(model, "config")
+    x = unit(512, 32) if is_ours else tokens(8, 32)
+    health = RoutingHealth(model, min_entropy=0.0 if is_ours else 0.4)
+    model(x)
+    check_quietly(health)
+    gate = model[0].gate if is_ours else model.model.layers[0].mlp.gate
+    hook = gate.register_forward_pre_hook(lambda module, args: (args[0] * bad, *args[1:]))
+    for _ in range(2):
+        model(x)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            health.check()
+    assert not caught  # the second time
+    hook.remove()
+    assert {problem for _, problem in health.warned} >= {"scores are NaN or infinite"}
+    if is_ours:
+        gate.weight.data.zero_()
+        gate.weight.data[0], gate.weight.data[1] = 5, 4
+        model(unit(512, 32).abs())
+        with pytest.warns(UserWarning, match="the router collapses: 0 "):
+            health.check()
+    else:
+        collapse(model)
+        model(x)
+        with pytest.warns(UserWarning, match="the router collapses: model.layers.0"):
+            health.check()
+
+
+def test_summary_names_the_worst_of_all_layers():
+    model = deepseek_v3()
+    health = RoutingHealth(model)
+    assert health.summary(health.stats()) == {}  # nothing was seen
+    collapse(model, 1)
+    model(tokens(8, 32))
+    stats = health.stats()
+    summary = health.summary(stats)
+    assert all(type(value) is float for value in summary.values())
+    assert summary["worst_entropy"] == stats[NAMES[1]]["entropy"] < stats[NAMES[0]]["entropy"]
+    assert summary["worst_max_violation"] == stats[NAMES[1]]["max_violation"] == 3
+    assert summary["dead_experts"] == sum(numbers["dead_experts"] for numbers in stats.values())
+    assert summary["worst_entropy_layer"] == summary["dead_experts_layer"] == 1.0
+    assert summary["worst_drop_rate"] == 0 and summary["tokens"] == 256
+
+
 def test_warns_once_of_a_collapse(caplog):
     model = deepseek_v3().eval()
     health = RoutingHealth(model)
@@ -163,8 +257,8 @@ def test_warns_once_of_a_collapse(caplog):
     with caplog.at_level(logging.INFO, "moe_ext"):
         check_quietly(health)
     lines = [record.getMessage() for record in caplog.records if record.name == "moe_ext"]
-    assert [line.partition(":")[0] for line in lines] == NAMES
-    assert all("entropy 0." in line and "dead_experts 0" in line for line in lines)
+    (line,) = lines  # not one a layer
+    assert "worst_entropy 0." in line and "dead_experts 0 (model.layers.0.mlp.experts)" in line
 
     collapse(model)
     model(tokens(1, 3))
@@ -367,13 +461,15 @@ def test_sums_over_ranks():
 
 def test_callback_without_a_trainer():
     model = deepseek_v3().train()
-    callback = RoutingCallback(bias_update_rate=0.01)
+    callback = RoutingCallback(bias_update_rate=0.01, all_layers=True)
     state, control = transformers.TrainerState(), transformers.TrainerControl()
     callback.on_train_begin(None, state, control, model=model)
     model(tokens(2, 9))
     callback.on_step_end(None, state, control, model=model)
     assert biases(model)[0].any()
-    callback.on_log(None, state, control, logs={"eval_loss": 1.0})
+    nothing = {"eval_loss": 1.0}
+    callback.on_log(None, state, control, logs=nothing)
+    assert nothing == {"eval_loss": 1.0}  # nothing was evaluated
     logs = {"loss": 1.0}
     state.log_history.append(dict(logs))
     callback.on_log(None, state, control, logs=logs)
@@ -381,6 +477,8 @@ def test_callback_without_a_trainer():
     summary = {"train_runtime": 1.0}
     callback.on_log(None, state, control, logs=summary)
     assert summary == {"train_runtime": 1.0}  # nothing was seen since
+    with pytest.raises(TypeError, match="all_layers must be True or False"):
+        RoutingCallback(all_layers=1)
 
 
 class Tracker(transformers.TrainerCallback):
@@ -391,21 +489,81 @@ class Tracker(transformers.TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def test_callback_in_a_trainer(tmp_path):
+def trainer(model, folder, rows=16, **options):
     pytest.importorskip("accelerate")
-    model = deepseek_v3()
-    rows = [{"input_ids": row, "labels": row} for row in tokens(16, 12)]
-    arguments = transformers.TrainingArguments(
-        output_dir=tmp_path, max_steps=4, per_device_train_batch_size=2, logging_steps=2,
-        gradient_accumulation_steps=2, report_to=[], save_strategy="no", use_cpu=True,
-        disable_tqdm=True,
+    rows = [{"input_ids": row, "labels": row} for row in tokens(rows, 12)]
+    callbacks = options.pop("callbacks", [])
+    arguments = dict(
+        output_dir=folder, max_steps=4, per_device_train_batch_size=2, logging_steps=2,
+        per_device_eval_batch_size=4, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    tracker = Tracker()
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[tracker])
-    trainer.callback_handler.callbacks.insert(0, RoutingCallback(bias_update_rate=0.01))
-    trainer.train()
-    # 2 steps of 2 batches of 2 rows of 12 tokens between two logs.
-    for logs in (trainer.state.log_history, tracker.logs):
-        counted = [log[f"moe/{NAMES[1]}/tokens"] for log in logs if "loss" in log]
-        assert counted == [96, 96]
+    arguments = transformers.TrainingArguments(**arguments | options)
+    return transformers.Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=callbacks
+    )
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_numbers_reach_the_trackers(tmp_path, first):
+    """With the callback after them, where `callbacks=` puts it, and before them."""
+    model, tracker = deepseek_v3(), Tracker()
+    routing = RoutingCallback(bias_update_rate=0.01)
+    callbacks = [routing, tracker] if first else [tracker, routing]
+    options = dict(gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=4)
+    job = trainer(model, tmp_path, callbacks=callbacks, **options)
+    job.train()
+    for logs in (job.state.log_history, tracker.logs):
+        # 2 steps of 2 batches of 2 rows of 12 tokens between two logs; 16 rows to evaluate.
+        assert [log["moe/tokens"] for log in logs if "loss" in log] == [96, 96]
+        assert [log["eval_moe/tokens"] for log in logs if "eval_loss" in log] == [192]
+        numbers = [log for log in logs if "loss" in log or "eval_loss" in log]
+        assert all(len([key for key in log if "moe/" in key]) == 9 for log in numbers)
+        assert not any("moe" in key for log in logs if "train_runtime" in log for key in log)
     assert 0 < biases(model)[0].abs().max() <= 0.0401
+
+
+def upcycled_gpt2(aux_loss_coef):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=1, n_head=4, vocab_size=50, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    moe_ext.replace_ffn(model, 4, 2, aux_loss_coef=aux_loss_coef)
+    return model
+
+
+def router_gradient(folder, steps, aux_loss_coef, callbacks):
+    class Gradient(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.gradient = model.transformer.h[0].mlp.gate.weight.grad.clone()
+
+    seen = Gradient()
+    torch.manual_seed(1)
+    trainer(
+        upcycled_gpt2(aux_loss_coef), folder, callbacks=[*callbacks, seen], max_steps=1,
+        per_device_train_batch_size=16 // steps, gradient_accumulation_steps=steps, max_grad_norm=0.0,
+    ).train()  # fmt: skip
+    return seen.gradient
+
+
+def test_the_callback_scales_the_losses_under_accumulation(tmp_path):
+    gradients = {}
+    for steps in (1, 4):
+        with_loss, without = (
+            router_gradient(tmp_path, steps, coef, [RoutingCallback()]) for coef in (1.0, 0.0)
+        )
+        gradients[steps] = with_loss - without
+    ratio = (gradients[4] * gradients[1]).sum() / gradients[1].square().sum()
+    assert ratio.item() == pytest.approx(1.0, abs=0.2)
+
+
+def test_without_the_callback_accumulation_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_ext.losses._warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        router_gradient(tmp_path, 1, 1.0, [])
+        router_gradient(tmp_path, 2, 0.0, [])  # nothing is injected
+    with pytest.warns(UserWarning, match="moe_ext: accumulating gradients") as caught:
+        router_gradient(tmp_path, 4, 1.0, [])
+    assert len([w for w in caught if "moe_ext" in str(w.message)]) == 1

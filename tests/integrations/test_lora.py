@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
 from test_conformance import FLOAT32_ERROR, FLOAT32_INSIDE  # noqa: E402
 
 from moe_ext.integrations.transformers import experts as experts_module  # noqa: E402
-from moe_ext.integrations.transformers import register  # noqa: E402
+from moe_ext.integrations.transformers import lora, register  # noqa: E402
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -428,3 +429,26 @@ def test_nothing_stays_behind():
     with pytest.raises((RuntimeError, ValueError)):
         model(**draw() | dict(hidden_states=unit(T, 1)))
     assert set(vars(experts)) == attributes
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_under_expert_parallelism_a_rank_takes_its_own_experts(rank, monkeypatch):
+    """PEFT's factors are of all experts; the module has E / P, whose parameter's mesh says which."""
+    wrapper = next(m for m in adapted_experts().modules() if isinstance(m, ParamWrapper))
+    experts, half = wrapper.get_base_layer(), wrapper.num_experts // 2
+    everyones = lora._low_rank(wrapper, ["default"], lora._local(wrapper, experts))
+    assert len(everyones.a) == wrapper.num_experts
+
+    experts.num_experts = half
+    with pytest.raises(
+        RuntimeError, match=f"this rank has {half}, and its parameter is no DTensor"
+    ):
+        lora._local(wrapper, experts)
+    mesh = SimpleNamespace(
+        ndim=2, mesh_dim_names=("efsdp", "ep"), get_local_rank=dict(efsdp=7, ep=rank).get
+    )
+    parameter = SimpleNamespace(device_mesh=mesh, dtype=wrapper.get_param().dtype)
+    monkeypatch.setattr(wrapper, "get_param", lambda: parameter)
+    own = lora._low_rank(wrapper, ["default"], lora._local(wrapper, experts))
+    of_rank = slice(rank * half, (rank + 1) * half)
+    assert torch.equal(own.a, everyones.a[of_rank]) and torch.equal(own.b, everyones.b[of_rank])

@@ -7,7 +7,8 @@
                                         has "route"; the emulator runs the tests
     make mutants ARGS=--record          writes the verdicts to results/cpu.txt (kernels.txt),
                                         in place of the older ones of the same faults
-    make mutants ARGS="--record --new"  only those that the record does not call caught
+    make mutants ARGS="--record --new"  only those that the record does not call caught, or
+                                        did before their file last changed
 
 The faults stand in faults/, a file a stage. A worker plants them in a copy of the sources
 of its own, under build/mutants/, rebuilds what changed and runs the tests that are named
@@ -16,6 +17,9 @@ once, and copied: a fault compiles the kernels that hold it. One that does not c
 keeps the tests from starting, proves nothing: it counts as broken. One whose tests never
 end is caught by the processor time that they take, since the clock would also run on a
 machine that others keep busy.
+
+The run also fails where the recorded verdict on one of its faults is older than the file that
+the fault spoils, or was found in sources that were not committed.
 """
 
 import argparse
@@ -167,12 +171,12 @@ def reason(output):
     return lines[-1] if lines else ""
 
 
+def git(*arguments):
+    return subprocess.run(["git", "-C", ROOT, *arguments], text=True, capture_output=True)
+
+
 def commit():
     """The commit of the sources, with a + where they differ from it."""
-
-    def git(*arguments):
-        return subprocess.run(["git", "-C", ROOT, *arguments], text=True, capture_output=True)
-
     others = [*COPIED, f":!{RESULTS.relative_to(ROOT)}"]
     changed = git("diff", "--quiet", "HEAD", "--", *others).returncode
     return (git("rev-parse", "--short=10", "HEAD").stdout.strip() or "?") + "+" * bool(changed)
@@ -199,7 +203,20 @@ class Record:
         self.lock = Lock()
 
     def has_caught(self, fault):
-        return self.verdicts.get(f"{fault.file}: {fault.name}", ("",))[0] == "caught"
+        name = f"{fault.file}: {fault.name}"
+        return self.verdicts.get(name, ("",))[0] == "caught" and not self.is_older(name)
+
+    def is_older(self, name):
+        """Whether a verdict says nothing of its file as it is: that has changed since, or differed
+        from its commit even then, or nobody here knows the commit."""
+        commit, file = self.verdicts[name][2], name.partition(": ")[0]
+        difference = git("diff", "--quiet", commit, "--", file)
+        return commit.endswith("+") or difference.returncode != 0
+
+    def older(self, faults):
+        """The names of those whose verdict is older than their file."""
+        names = [f"{fault.file}: {fault.name}" for fault in faults]
+        return [name for name in names if name in self.verdicts and self.is_older(name)]
 
     def add(self, name, verdict, seconds):
         with self.lock:
@@ -286,7 +303,10 @@ def main():
     verdicts = [results.get() for _ in faults]
     caught = verdicts.count("caught")
     print(f"{caught} of {len(faults)} faults caught in {time.time() - begin:.0f} s")
-    sys.exit(caught < len(faults))
+    older = record.older(faults)
+    for name in older:
+        print(f"older than its file (ARGS='--record --new' runs it): {name}")
+    sys.exit(caught < len(faults) or bool(older))
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def read_log(file, text):
         elif m := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
             kernels.append(Kernel(file, mangled, int(m[1]), int(shared[1]) if shared else 0, stack))
-        elif re.search(r"warning|error|C7\d\d\d", line, re.IGNORECASE):
+        elif re.search(r"warning|error|\bC7\d\d\d\b", line, re.IGNORECASE):
             complaints.append(f"{file}: {line.strip()}")
     names = demangle([kernel.name for kernel in kernels])
     return [kernel._replace(name=names[kernel.name]) for kernel in kernels], complaints

@@ -130,11 +130,14 @@ __device__ __forceinline__ void store_pairs(T* row, const Compute<T> (&gate)[N],
   }
 }
 
-// The routing weight of a row: 1 where the rows are wanted for themselves.
-template <class T>
-__device__ __forceinline__ Compute<T> row_weight(const Epilogue& e, int64_t row) {
-  return e.weights ? load_as<Compute<T>>(e.weights, e.weights_dtype, e.row_assignment[row])
-                   : Compute<T>(1);
+// The routing weight of a row: 1 where the rows are wanted for themselves, 0 where the row is no
+// assignment's. `e` is an Epilogue or a BiasGradient.
+template <class C, class Weighted>
+__device__ __forceinline__ C row_weight(const Weighted& e, int64_t row) {
+  if (!e.weights) return C(1);
+  const int32_t assignment = e.row_assignment[row];
+  const bool has_one = assignment >= 0 && assignment < e.assignments;
+  return has_one ? load_as<C>(e.weights, e.weights_dtype, assignment) : C(0);
 }
 
 // ---- the epilogues -----------------------------------------------------------------
@@ -208,7 +211,7 @@ __device__ __forceinline__ Compute<T> epilogue_backward(const Epilogue& e, int64
   const int64_t width = gated ? 2 * e.columns : e.columns;
   const Gate<C> act(e.activation);
   const T* kept = static_cast<const T*>(e.kept) + row * width;
-  const C w = row_weight<T>(e, row);
+  const C w = row_weight<C>(e, row);
   C g[N], u[N], a[N], score = C(0);
   if (gated) {
     load_pairs<T, N>(g, u, kept, e.at, column, count);

@@ -107,16 +107,17 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x / kBiasColumns, mine = threadIdx.x % kBiasColumns;
   const int64_t expert = blockIdx.x / column_blocks;
   const int64_t column = static_cast<int64_t>(blockIdx.x % column_blocks) * kBiasColumns + mine;
-  const int64_t end = g.context.expert_offsets[expert + 1];
+  const int64_t begin = offset_of(g.context.expert_offsets, expert, g.context.rows);
+  const int64_t end = begin + rows_of(g.context.expert_offsets, expert, g.context.rows);
   C total = C(0);
-  for (int64_t first = g.context.expert_offsets[expert]; first < end; first += kBiasBlock) {
+  for (int64_t first = begin; first < end; first += kBiasBlock) {
     C part = C(0);
     const int64_t last = first + kBiasBlock < end ? first + kBiasBlock : end;
     for (int64_t r = first + lane; r < last && column < g.columns; r += kBiasLanes) {
       const int64_t row = g.rows.index ? g.rows.index[r] : r;
+      if (g.rows.index && !leads(row, g.rows.limit)) continue;
       const C value = to_compute(static_cast<const T*>(g.rows.data)[row * g.rows.stride + column]);
-      part +=
-          g.weights ? load_as<C>(g.weights, g.weights_dtype, g.row_assignment[r]) * value : value;
+      part += row_weight<C>(g, r) * value;
     }
     parts[lane][mine] = part;
     __syncthreads();
@@ -140,7 +141,7 @@ __device__ __forceinline__ int64_t expert_of(const GemmContext& context, int64_t
   int64_t low = 0, high = context.experts;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    (context.expert_offsets[middle] <= row ? low : high) = middle;
+    (offset_of(context.expert_offsets, middle, context.rows) <= row ? low : high) = middle;
   }
   return low;
 }
@@ -149,13 +150,15 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) score_gradient_kernel(ScoreGradient g) {
   using C = Compute<T>;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (thread < g.assignments && g.assignment_row[thread] < 0) {
-    store_as<C>(g.out, g.out_dtype, thread, C(0));
+  const int64_t last = offset_of(g.context.expert_offsets, g.context.experts, g.context.rows);
+  if (thread < g.assignments) {
+    const int32_t row = g.assignment_row[thread];
+    const bool has_row = leads(row, last) && g.row_assignment[row] == thread;
+    if (!has_row) store_as<C>(g.out, g.out_dtype, thread, C(0));
   }
 
   const int lane = threadIdx.x % kWarpSize;
   const int64_t first = thread / kWarpSize * kScoreRows;
-  const int64_t last = g.context.expert_offsets[g.context.experts];
   if (first >= last) return;
   const int64_t row = first + lane % kScoreRows;
   C score = C(0);
@@ -170,6 +173,7 @@ __global__ void __launch_bounds__(kThreads) score_gradient_kernel(ScoreGradient 
   if (g.bias) {
     for (int i = 0; i < kScoreRows && first + i < last; ++i) {
       const int64_t r = first + i, from = g.dy.index ? g.dy.index[r] : r;
+      if (g.dy.index && !leads(from, g.dy.limit)) continue;  // a whole warp at a time
       const T* dy = static_cast<const T*>(g.dy.data) + from * g.dy.stride;
       const T* bias = static_cast<const T*>(g.bias) + expert_of(g.context, r) * g.columns;
       C product = C(0);
@@ -184,7 +188,10 @@ __global__ void __launch_bounds__(kThreads) score_gradient_kernel(ScoreGradient 
     }
   }
   if (lane < kScoreRows && row < last) {
-    store_as<C>(g.out, g.out_dtype, g.row_assignment[row], score);
+    const int32_t assignment = g.row_assignment[row];
+    if (leads(assignment, g.assignments) && g.assignment_row[assignment] == row) {
+      store_as<C>(g.out, g.out_dtype, assignment, score);
+    }
   }
 }
 
@@ -192,7 +199,9 @@ __global__ void __launch_bounds__(kThreads) score_gradient_kernel(ScoreGradient 
 
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) zero_tail_kernel(ZeroTail tail) {
-  const int64_t first = tail.context.expert_offsets[tail.context.experts] * tail.columns;
+  const GemmContext& context = tail.context;
+  const int64_t first =
+      offset_of(context.expert_offsets, context.experts, context.rows) * tail.columns;
   const int64_t end = tail.context.rows * tail.columns;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * N;
   const Compute<T> zero[N] = {};

@@ -24,11 +24,13 @@
 
 namespace moe_ext::cuda {
 
-// Row r: neighbouring elements from data + (index ? index[r] : r) * stride.
+// Row r: neighbouring elements from data + (index ? index[r] : r) * stride. An index outside of
+// 0..limit-1 is nobody's: such a row is read as zeros.
 struct RowMatrix {
   const void* data;
   int64_t stride;
   const int32_t* index;
+  int64_t limit;
 };
 
 // W_e(n, k), of the products' dtype: data + e * expert_stride + n * n_stride + k * k_stride.
@@ -71,7 +73,8 @@ struct Epilogue {
   void* dh;             // (R, width) contiguous; kBackward only; null: nobody wants it
   const void* weights;  // (T, K): a row's w is weights[row_assignment[r]]; null: 1
   Dtype weights_dtype;  //
-  const int32_t* row_assignment;  // (R)
+  const int32_t* row_assignment;  // (R): below 0 or not below `assignments`: a weight of 0
+  int64_t assignments;            // T * K
   // (column_tiles, R), in the compute type, or null: <dA, A> over the columns of a tile.
   void* score_parts;
 };
@@ -86,7 +89,8 @@ struct GemmContext {
   int64_t tokens;        // T
   int64_t rows;          // R, of which expert_offsets[E] hold something
   int64_t experts;
-  const int32_t* expert_offsets;  // (E+1), on the device
+  // (E+1), on the device; whatever stands there, tiles.cuh makes it lie within 0..R.
+  const int32_t* expert_offsets;
 };
 
 struct RowsGemm {
@@ -119,12 +123,13 @@ struct BiasGradient {
   const void* weights;  // as in Epilogue
   Dtype weights_dtype;
   const int32_t* row_assignment;
+  int64_t assignments;
   void* out;  // (E, columns) contiguous
 };
 cudaError_t bias_gradient(const BiasGradient& gradient, cudaStream_t stream);
 
 // dweights of row r's assignment = the row's score_parts in a fixed order + <dy[t], bias_e>,
-// with t its token; 0 for an assignment without a row.
+// with t its token; 0 for an assignment without a row, or whose row is another's.
 struct ScoreGradient {
   GemmContext context;
   int64_t assignments, tiles, columns;  // T * K; of score_parts; of dy

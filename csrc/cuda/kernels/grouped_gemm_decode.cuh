@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int col
   constexpr int kPack = kMaxPackBytes / sizeof(T);
   const Epilogue& e = g.epilogue;
   const Tile tile = find_row_tile(g.context.expert_offsets, static_cast<int>(g.context.experts),
-                                  kRows, column_tiles, blockIdx.x);
+                                  g.context.rows, kRows, column_tiles, blockIdx.x);
   if (tile.expert < 0) return;
   const bool paired = is_paired(e);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -88,12 +88,16 @@ __global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int col
     const int64_t n = !paired ? mine : (c % 2 ? e.at.up : e.at.gate) + mine * e.at.step;
     w[c] = static_cast<const T*>(g.w.data) + tile.expert * g.w.expert_stride + n * g.w.n_stride;
   }
+  // Rows that the tile does not have, or that are no token's, are not read: their sums stay 0.
   const T* a[kRows];
+  unsigned present = 0;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = tile.row + min(r, tile.rows - 1);
-    a[r] = static_cast<const T*>(g.a.data) +
-           static_cast<int64_t>(g.a.index ? g.a.index[row] : row) * g.a.stride;
+    const int from = g.a.index ? g.a.index[row] : row;
+    const bool is_there = !g.a.index || leads(from, g.a.limit);
+    present |= static_cast<unsigned>(is_there && r < tile.rows) << r;
+    a[r] = static_cast<const T*>(g.a.data) + static_cast<int64_t>(is_there ? from : 0) * g.a.stride;
   }
 
   C sum[kRows * kColumns] = {};
@@ -104,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int col
     for (int c = 0; c < kColumns; ++c) load_neighbours<T, kPack>(weight[c], w[c] + k, count);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (r >= tile.rows) break;
+      if (!(present >> r & 1)) continue;
       C value[kPack];
       load_neighbours<T, kPack>(value, a[r] + k, count);
 #pragma unroll

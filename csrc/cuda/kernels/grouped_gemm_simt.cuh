@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int col
   using C = Compute<T>;
   const Epilogue& e = g.epilogue;
   const Tile tile = find_row_tile(g.context.expert_offsets, static_cast<int>(g.context.experts),
-                                  kTile, column_tiles, blockIdx.x);
+                                  g.context.rows, kTile, column_tiles, blockIdx.x);
   if (tile.expert < 0) return;
   const bool paired = is_paired(e);
   const int64_t n0 = static_cast<int64_t>(tile.column_tile) * columns_of_tile(e);
@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int col
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < tile.rows) {
     const int row = tile.row + thread;
-    row_of[thread] = g.a.index ? g.a.index[row] : row;
+    const int from = g.a.index ? g.a.index[row] : row;
+    row_of[thread] = !g.a.index || leads(from, g.a.limit) ? from : -1;
   }
   __syncthreads();
 
@@ -161,7 +162,8 @@ __global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int col
   multiply(
       acc, g.k, true,
       [&](int lane, int64_t k) {
-        return lane < tile.rows ? to_compute(a[row_of[lane] * g.a.stride + k]) : C(0);
+        return lane < tile.rows && row_of[lane] >= 0 ? to_compute(a[row_of[lane] * g.a.stride + k])
+                                                     : C(0);
       },
       g.w.k_stride == 1,
       [&](int lane, int64_t k) {
@@ -203,8 +205,8 @@ __global__ void __launch_bounds__(kThreads)
   using C = Compute<T>;
   const Tile tile = find_weight_tile(static_cast<int>(g.m), kTile, column_tiles, blockIdx.x);
   const int64_t n0 = static_cast<int64_t>(tile.column_tile) * kTile;
-  const int64_t begin = g.context.expert_offsets[tile.expert];
-  const int64_t end = g.context.expert_offsets[tile.expert + 1];
+  const int64_t begin = offset_of(g.context.expert_offsets, tile.expert, g.context.rows);
+  const int64_t end = begin + rows_of(g.context.expert_offsets, tile.expert, g.context.rows);
   const T* p = static_cast<const T*>(g.p.data);
   const T* q = static_cast<const T*>(g.q.data);
   C acc[kOwn][kOwn] = {};
@@ -213,12 +215,14 @@ __global__ void __launch_bounds__(kThreads)
       [&](int lane, int64_t r) {
         if (lane >= tile.rows) return C(0);
         const int64_t row = g.p.index ? g.p.index[begin + r] : begin + r;
+        if (g.p.index && !leads(row, g.p.limit)) return C(0);
         return to_compute(p[row * g.p.stride + tile.row + lane]);
       },
       false,
       [&](int lane, int64_t r) {
         if (n0 + lane >= g.n) return C(0);
         const int64_t row = g.q.index ? g.q.index[begin + r] : begin + r;
+        if (g.q.index && !leads(row, g.q.limit)) return C(0);
         return to_compute(q[row * g.q.stride + n0 + lane]);
       });
 

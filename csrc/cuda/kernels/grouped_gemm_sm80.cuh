@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   auto& smem = dyn_smem<typename Loop::Smem>();
   const GemmContext& context = gemm.context;
   const Tile tile = find_row_tile(context.expert_offsets, static_cast<int>(context.experts),
-                                  Shape::kM, column_tiles, blockIdx.x);
+                                  context.rows, Shape::kM, column_tiles, blockIdx.x);
   if (tile.expert < 0) return;
 
   const TileColumns columns(gemm.epilogue, tile.column_tile);
@@ -257,6 +257,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       [&](int row) -> const char* {
         if (row >= tile.rows) return nullptr;
         const int64_t from = gemm.a.index ? gemm.a.index[tile.row + row] : tile.row + row;
+        if (gemm.a.index && !leads(from, gemm.a.limit)) return nullptr;
         return a + from * gemm.a.stride * sizeof(T);
       },
       k_bytes, a);
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           const auto run = columns.at(chunk * kElements);
           return run.left > 0 ? w + run.column * sizeof(T) : nullptr;
         },
-        gemm.w.k_stride * sizeof(T), nullptr, static_cast<int>(gemm.k), w);
+        gemm.w.k_stride * sizeof(T), nullptr, 0, static_cast<int>(gemm.k), w);
     Loop::run(smem, load_a, load_b, depth, acc);
   }
 
@@ -330,8 +331,9 @@ __global__ void __launch_bounds__(Rows128::kThreads, Rows128::kBlocks)
   auto& smem = dyn_smem<typename Loop::Smem>();
   const Tile tile =
       find_weight_tile(static_cast<int>(gradient.m), Shape::kM, column_tiles, blockIdx.x);
-  const int begin = gradient.context.expert_offsets[tile.expert];
-  const int rows = gradient.context.expert_offsets[tile.expert + 1] - begin;
+  const GemmContext& context = gradient.context;
+  const int begin = offset_of(context.expert_offsets, tile.expert, context.rows);
+  const int rows = rows_of(context.expert_offsets, tile.expert, context.rows);
   const int64_t column = static_cast<int64_t>(tile.column_tile) * kTileN;
 
   // `length` columns of x from `first` on; its rows from `begin` on are what k counts.
@@ -345,7 +347,7 @@ __global__ void __launch_bounds__(Rows128::kThreads, Rows128::kBlocks)
           return (length - first) * static_cast<int64_t>(sizeof(T)) > chunk * 16 ? data + chunk * 16
                                                                                  : nullptr;
         },
-        row_bytes, x.index ? x.index + begin : nullptr, rows, data);
+        row_bytes, x.index ? x.index + begin : nullptr, x.limit, rows, data);
   };
   auto load_p =
       loader(static_cast<typename Loop::ATile*>(nullptr), gradient.p, tile.row, gradient.m);

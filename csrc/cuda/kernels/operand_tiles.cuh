@@ -101,12 +101,14 @@ class MnMajorLoader {
 
  public:
   // chunk_at(c): where chunk c of row 0 is, or null if there is none. Row k of the operand
-  // is row index[k] (null: k) of the matrix; there are `rows` of them.
+  // is row index[k] (null: k) of the matrix, zeros where index[k] is not in 0..limit-1; there are
+  // `rows` of them.
   template <class ChunkAt>
-  __device__ MnMajorLoader(ChunkAt chunk_at, int64_t row_bytes, const int32_t* index, int rows,
-                           const char* somewhere)
+  __device__ MnMajorLoader(ChunkAt chunk_at, int64_t row_bytes, const int32_t* index, int64_t limit,
+                           int rows, const char* somewhere)
       : row_bytes_(row_bytes),
         index_(index),
+        limit_(static_cast<unsigned>(limit)),
         chunk_(threadIdx.x % Tile::kChunks),
         row_(threadIdx.x / Tile::kChunks) {
     const char* column = chunk_at(chunk_);
@@ -122,7 +124,7 @@ class MnMajorLoader {
       const int k = row_ + i * kRowsAtOnce;
       const int from = kIndexed ? next_[i] : k;
       ptx::cp_async_16(target + Tile::offset(row_in_tile() + i * kRowsAtOnce, chunk_),
-                       column_ + from * row_bytes_, k < rows_ ? 16 : 0);
+                       column_ + max(from, 0) * row_bytes_, k < rows_ && from >= 0 ? 16 : 0);
     }
     row_ += Tile::kRows;
     if (kIndexed) look_up();
@@ -137,12 +139,14 @@ class MnMajorLoader {
     for (int i = 0; i < kLoads; ++i) {
       const int k = row_ + i * kRowsAtOnce;
       next_[i] = k >= rows_ ? 0 : index_ ? index_[k] : k;
+      if (index_ && static_cast<unsigned>(next_[i]) >= limit_) next_[i] = -1;
     }
   }
 
   const char* column_;
   int64_t row_bytes_;
   const int32_t* index_;
+  unsigned limit_;  // as unsigned, what is below 0 is not below it either
   int chunk_;
   int row_, rows_;  // along k: this thread's first row of the next tile; how many there are
   int next_[kIndexed ? kLoads : 1];

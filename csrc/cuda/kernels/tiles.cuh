@@ -18,6 +18,25 @@ namespace moe_ext::cuda {
 
 constexpr int kRowTilesTogether = 16;
 
+// ---- an expert's rows -----------------------------------------------------------------
+
+// Whether an index of a plan leads to one of `limit` things: no other may be followed.
+__device__ __forceinline__ bool leads(int32_t index, int64_t limit) {
+  return index >= 0 && index < limit;
+}
+
+// Where expert e's rows begin (and those of expert e - 1 end), within 0..rows whatever a plan says.
+__device__ __forceinline__ int offset_of(const int32_t* __restrict__ expert_offsets, int64_t e,
+                                         int64_t rows) {
+  return min(max(expert_offsets[e], 0), static_cast<int>(rows));
+}
+
+// How many rows expert e has: none where its offsets fall.
+__device__ __forceinline__ int rows_of(const int32_t* __restrict__ expert_offsets, int64_t e,
+                                       int64_t rows) {
+  return max(offset_of(expert_offsets, e + 1, rows) - offset_of(expert_offsets, e, rows), 0);
+}
+
 // ---- rows x weight: tiles of an expert's rows ----------------------------------------
 
 // No routing of `rows` rows to `experts` experts has more tiles of `tile_rows` rows: an
@@ -48,11 +67,12 @@ __device__ __forceinline__ void place_tile(int place, int row_tiles, int column_
 // same, without shared memory: two sums over experts, first of each lane's share of the
 // experts, then within the share that has the tile.
 __device__ inline Tile find_row_tile(const int32_t* __restrict__ expert_offsets, int experts,
-                                     int tile_rows, int column_tiles, unsigned block) {
+                                     int64_t all_rows, int tile_rows, int column_tiles,
+                                     unsigned block) {
   const int lane = threadIdx.x % kWarpSize;
   const int wanted = static_cast<int>(block / column_tiles);  // counted in tiles of rows
   const auto tiles_of = [&](int e) {
-    return (expert_offsets[e + 1] - expert_offsets[e] + tile_rows - 1) / tile_rows;
+    return (rows_of(expert_offsets, e, all_rows) + tile_rows - 1) / tile_rows;
   };
   const auto sum_up_to_lane = [&](int value) {
 #pragma unroll
@@ -88,8 +108,9 @@ __device__ inline Tile find_row_tile(const int32_t* __restrict__ expert_offsets,
     int row_tile, column_tile;
     place_tile(static_cast<int>(block - static_cast<unsigned>(first_tile) * column_tiles),
                row_tiles, column_tiles, row_tile, column_tile);
-    const int row = expert_offsets[expert] + row_tile * tile_rows;
-    return {expert, row, min(expert_offsets[expert + 1] - row, tile_rows), column_tile};
+    const int row = offset_of(expert_offsets, expert, all_rows) + row_tile * tile_rows;
+    const int end_row = offset_of(expert_offsets, expert + 1, all_rows);
+    return {expert, row, min(end_row - row, tile_rows), column_tile};
   }
 }
 

@@ -205,13 +205,14 @@ __global__ void __launch_bounds__(kTeamThreads<Team<kLanes, kPerLane>>, 1)
     const bool is_token = t < tokens.end;
     const bool present = is_token && !(p.padding && p.padding[t]);
     read_row<A>(team, p.logits, p.dtype, t * E, present, value);
+    if (!o.replay && o.by_logits) make_keys(team, p, value, key, memory);
     const Row<A> row = score_row<A>(team, o.score_function, value);
     if (present) {
 #pragma unroll
       for (int slot = 0; slot < team.slots(); ++slot) sums[slot] += value[slot] * row.score_share;
     }
 
-    if (!o.replay) make_keys(team, p, value, key, memory);
+    if (!o.replay && !o.by_logits) make_keys(team, p, value, key, memory);
     int32_t first = E;  // the lane's first choice
     for (int chunk = 0; chunk < K; chunk += kLanes) {
       const int j = chunk + team.lane;

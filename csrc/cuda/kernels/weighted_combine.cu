@@ -130,7 +130,7 @@ __device__ __forceinline__ void zero_rows_of_nobody(const TokenSumsGradient& p, 
 #pragma unroll
   for (int n = 0; n < N; ++n) round_to(zeros.element[n], Compute<T>(0));
   for (int64_t row = token; row < plan.rows; row += plan.tokens) {
-    if (p.row_owner[row] >= 0) continue;
+    if (p.row_owner[row] >= 0 && p.row_owner[row] < p.owners) continue;
     for (int64_t chunk = own; chunk < plan.hidden; chunk += stride) {
 #pragma unroll
       for (int i = 0; i < kChunk; i += kWarpSize * N) {

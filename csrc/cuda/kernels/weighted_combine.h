@@ -34,11 +34,12 @@ cudaError_t sum_token_rows(const TokenSums& sums, cudaStream_t stream);
 // dweights[t][j] = <dy[t], rows[assignment_row[t][j]]>, and 0 for a dropped assignment.
 struct TokenSumsGradient {
   TokenRows plan;
-  const int32_t* row_owner;  // (R): below 0 where a row is nobody's
-  const void* dy;            // (T, H)
-  const void* rows;          // (R, H); read for dweights only
-  void* drows;               // (R, H), or null: not wanted
-  void* dweights;            // (T, K) of weights_dtype, or null
+  const int32_t* row_owner;  // (R): not in 0..owners-1 where a row is nobody's
+  int64_t owners;
+  const void* dy;    // (T, H)
+  const void* rows;  // (R, H); read for dweights only
+  void* drows;       // (R, H), or null: not wanted
+  void* dweights;    // (T, K) of weights_dtype, or null
 };
 cudaError_t sum_token_rows_backward(const TokenSumsGradient& gradient, cudaStream_t stream);
 

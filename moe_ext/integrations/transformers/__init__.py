@@ -9,7 +9,7 @@
 Blocks outside of its registry (Switch, NLLB-MoE, DBRX, JetMoe, Llama 4, ...): `replace(model)`.
 In training: `RoutingHealth`, or `RoutingCallback` in a Trainer.
 
-Proven with transformers 5.24.0, every MoE model of it: tests/integrations/results/conformance.md.
+Proven with transformers 5.17.0 to 5.24.0, every MoE model of them: tests/integrations/results/conformance.md.
 Importing this package imports transformers; importing moe_ext does not.
 """
 
@@ -19,6 +19,7 @@ check_transformers()
 
 from .blocks import replace, restore  # noqa: E402
 from .experts import register  # noqa: E402
-from .health import RoutingCallback, RoutingHealth  # noqa: E402
+from .health import RoutingHealth  # noqa: E402
+from .trainer import RoutingCallback  # noqa: E402
 
 __all__ = ["RoutingCallback", "RoutingHealth", "register", "replace", "restore"]

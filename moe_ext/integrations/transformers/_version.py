@@ -3,7 +3,7 @@
 import importlib
 import inspect
 
-PROVEN = "5.24.0"
+OLDEST, PROVEN = "5.17.0", "5.24.0"  # the suite passes on both
 
 # What the decorator of an experts class says of it, and experts.py heeds.
 FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate"}
@@ -42,6 +42,6 @@ def check_transformers():
 
 def _text(problem):
     return (
-        f"moe_ext.integrations.transformers: {problem}; proven with transformers {PROVEN}"
+        f"moe_ext.integrations.transformers: {problem}; proven with transformers {OLDEST} to {PROVEN}"
         f" (pip install transformers=={PROVEN})"
     )

@@ -9,6 +9,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ...functional import capacity_scatter, grouped_ffn, moe_forward, weighted_combine
 from ...reference import accumulation_dtype
+from . import quantised
 from .gates import fused_options
 from .health import observe
 from .lora import install, low_rank_of
@@ -24,11 +25,13 @@ def register():
         model.set_experts_implementation("moe_ext")         # or on a model that is loaded
 
     For every model whose experts go through transformers' registry. No weight is touched
-    and no class of transformers patched; of PEFT, where it is installed, one method, so that
-    LoRA on such experts keeps no merged copy of them (lora.py). A second call changes nothing.
+    and no class of transformers patched, but that quantised experts, which do not run here,
+    say so (quantised.py); of PEFT, where it is installed, one method, so that LoRA on such
+    experts keeps no merged copy of them (lora.py). A second call changes nothing.
     """
     ALL_EXPERTS_FUNCTIONS.register("moe_ext", experts_forward)
     install()
+    quantised.install()
 
 
 def experts_forward(self, hidden_states, top_k_index, top_k_weights):
@@ -55,7 +58,7 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     x = hidden_states.to(up.dtype)
     weights = top_k_weights.to(accumulation_dtype(x.dtype))
     plan = capacity_scatter(top_k_index, self.num_experts)
-    observe(self, top_k_index)
+    observe(self, top_k_index, top_k_weights)
     options = fused_options(self, x.dtype)
     has_norm = getattr(self, "has_post_expert_norm", False)  # since transformers 5.19 or later
     is_combined = options is not None and not has_norm

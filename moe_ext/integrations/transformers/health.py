@@ -4,19 +4,22 @@ transformers trains routers and looks at none of them; and the biases that some 
 to the scores for the choice alone (DeepSeek-V3's e_score_correction_bias) it never moves.
 """
 
+import functools
 import logging
+import math
 import re
 import warnings
+import weakref
 from collections import defaultdict
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
 from ..._checks import check_number, describe
+from ...groups import group_of, is_distributed
 from ...moe import MoE
-from ...routing import move_biases, reduces
-from ...stats import RoutingStats, read_all
+from ...routing import move_biases
+from ...stats import Numbers, RoutingStats, read_all
 from ...types import Route
 
 logger = logging.getLogger("moe_ext")
@@ -25,31 +28,48 @@ logger = logging.getLogger("moe_ext")
 BIASES = {"e_score_correction_bias", "expert_bias"}
 # What is known of experts whose router is transformers'.
 SEEN = (
-    "load", "drop_rate", "lost_rate", "entropy", "max_violation", "dead_experts", "tokens",
+    "drop_rate", "lost_rate", "entropy", "max_violation", "dead_experts", "tokens",
     "forwards",
 )  # fmt: skip
 
 
-def observe(experts, top_k_index):
+def observe(experts, top_k_index, top_k_weights):
     """Counts a forward's choices, where a `RoutingHealth` watches these experts."""
-    stats = getattr(experts, "_routing_stats", None)
-    if stats is None:
-        return
-    with torch.no_grad():
+    watchers = getattr(experts, "_routing_watchers", ())
+    # Under expert parallelism ids are local here, and tokens other ranks': see _count_call.
+    if watchers and not getattr(experts, "_is_expert_parallel", False):
+        _count(watchers, experts, top_k_index, top_k_weights)
+
+
+def _count_call(watchers, experts, args, kwargs):
+    """A forward pre-hook: what a rank's own router chose, by the experts' ids in the model."""
+    _, index, weights = (*args, *(kwargs[n] for n in ARGUMENTS[len(args) :]))
+    _count(watchers, experts, index, weights)
+
+
+ARGUMENTS = "hidden_states", "top_k_index", "top_k_weights"
+
+
+@torch.no_grad()
+def _count(watchers, experts, top_k_index, top_k_weights):
+    counting = [pair[not experts.training] for pair in watchers]
+    for stats in counting:
         stats.to(top_k_index.device)
-        num_experts = len(stats.counts)
-        counted = top_k_index.flatten().long().clamp(max=num_experts)
-        load = torch.zeros(num_experts + 1, dtype=torch.int32, device=counted.device)
-        load = load.scatter_add(0, counted, torch.ones_like(counted, dtype=torch.int32))[:-1]
-        assignment_row = None
-        if getattr(experts, "sentinels_are_drops", False):
-            dropped = top_k_index >= num_experts
-            assignment_row = torch.where(dropped, -1, 0).int()
-            top_k_index = top_k_index.masked_fill(dropped, 0)
-        # Of the scores nothing is known here: the load stands for their sums, and logits of 0
-        # for the logits.
-        route = Route(None, top_k_index, load, load.double(), None)
-        logits = torch.zeros(len(top_k_index), num_experts, device=load.device)
+    num_experts = len(counting[0].counts)
+    counted = top_k_index.flatten().long().clamp(max=num_experts)
+    load = torch.zeros(num_experts + 1, dtype=torch.int32, device=counted.device)
+    load = load.scatter_add(0, counted, torch.ones_like(counted, dtype=torch.int32))[:-1]
+    assignment_row = None
+    if getattr(experts, "sentinels_are_drops", False):
+        dropped = top_k_index >= num_experts
+        assignment_row = torch.where(dropped, -1, 0).int()
+        top_k_index = top_k_index.masked_fill(dropped, 0)
+    # Of the scores nothing is known here but the weights: the load stands for their sums, or NaN
+    # where a weight is not finite, and logits of 0 for the logits.
+    is_finite = top_k_weights.isfinite().all()
+    route = Route(None, top_k_index, load, torch.where(is_finite, load.double(), math.nan), None)
+    logits = torch.zeros(len(top_k_index), num_experts, device=load.device)
+    for stats in counting:
         stats.accumulate(logits, route, assignment_row, None, "softmax", experts.training)
 
 
@@ -68,12 +88,14 @@ class RoutingHealth:
     and blocks of `replace`. `RoutingCallback` does all this in transformers' Trainer.
 
     Args:
-        model: its experts count from now on; a later `RoutingHealth` counts for itself.
+        model: its experts count from now on, for each `RoutingHealth` apart, and apart from
+            `MoE.stats`.
         bias_update_rate: above 0: `update_biases` moves the selection biases of transformers'
             routers by this much (loss-free balancing; DeepSeek-V3: 1e-3). The rate of an
             `MoE` is its own.
-        process_group: over which counts are summed; None: the default group, where
-            torch.distributed is initialised. All its ranks must make the same calls.
+        process_group: over which counts are summed. None: where torch.distributed is
+            initialised, the ranks that hold the same layers and have tokens of their own, which
+            the first `stats` or `update_biases` finds out; all ranks must call it.
         min_entropy: a router has collapsed below it, or when 0.7 of its highest is lost.
         max_dead: share of the experts that may be without a token.
         max_drop_rate: above it, a drop rate twice the lowest seen is too much.
@@ -99,56 +121,139 @@ class RoutingHealth:
                 "RoutingHealth: bias_update_rate must be 0 for routers without a selection bias"
                 f" ({', '.join(sorted(BIASES))}) over all experts, got {bias_update_rate}"
             )
-        for name, (module, num_experts, device) in watched.items():
-            module._routing_stats = RoutingStats(num_experts, name in self.biases, device)
+        self.model = model
         self.layers = layers | {name: module for name, (module, *_) in watched.items()}
+        self.counted = {}  # by name: the RoutingStats in training, and in evaluation
+        for name, layer in layers.items():
+            self._watch(name, layer, layer.num_experts, next(layer.gate.parameters()).device)
+        for name, (module, num_experts, device) in watched.items():
+            self._watch(name, module, num_experts, device)
         self.best = defaultdict(dict)  # by name: the best of each number so far
         self.warned = set()
 
-    def stats(self, reset=False):
-        """{name: the dict of `MoE.stats`} over all ranks since the last reset.
+    def _watch(self, name, module, num_experts, device):
+        """For as long as this object lives."""
+        with_step_counts = name in self.biases
+        pair = (
+            RoutingStats(num_experts, with_step_counts, device),
+            RoutingStats(num_experts, False, device),
+        )
+        self.counted[name] = pair
+        if getattr(module, "_is_expert_parallel", False):
+            hook = functools.partial(_count_call, [pair])
+            remove = module.register_forward_pre_hook(hook, with_kwargs=True).remove
+        else:
+            watchers = vars(module).setdefault("_routing_watchers", [])
+            watchers.append(pair)
+            remove = functools.partial(_remove, watchers, pair)
+        weakref.finalize(self, remove).atexit = False
+
+    def _group(self):
+        routers = {name: _router_parameter(self.model, name, m) for name, m in self.layers.items()}
+        return group_of("RoutingHealth", self.model, routers, self.process_group)
+
+    def stats(self, reset=False, training=None):
+        """{name: what `MoE.stats` gives} over all ranks since the last reset.
 
         Of experts whose router is transformers': without token_entropy and max_logit; the
         entropy is that of their load; load and drops are of the choices as they come from
         the router, which in Switch has dropped some already.
+
+        Args:
+            reset: start again from zero after reading; no one else's counts change.
+            training: True or False: only what was seen in training, or in evaluation.
         """
-        group = self.process_group
-        read = read_all([_stats(m) for m in self.layers.values()], reset, reduces(group), group)
+        group = self._group()
+        if not self.layers:  # of this pipeline stage
+            return {}
+        pairs = self.counted.values()
+        if training is None:
+            counted = [in_training.plus(in_evaluation) for in_training, in_evaluation in pairs]
+        else:
+            counted = [pair[not training] for pair in pairs]
+        read = read_all(counted, False, *group)
+        if reset:
+            for pair in pairs:
+                for stats in pair if training is None else (pair[not training],):
+                    stats.reset()
         return {
-            name: stats if isinstance(module, MoE) else {key: stats[key] for key in SEEN}
+            name: stats
+            if isinstance(module, MoE)
+            else Numbers({key: stats[key] for key in SEEN}, stats.load)
             for (name, module), stats in zip(self.layers.items(), read)
         }
 
-    def check(self):
-        """`stats(reset=True)`, logged at level INFO of the logger "moe_ext".
+    def summary(self, stats):
+        """{name: float} of the worst of all layers, and which one that is.
 
-        Warns once, for each layer and each of these, of a router that collapses, experts
-        that die and drops that rise, where enough tokens were seen to tell.
+        worst_entropy, worst_max_violation, worst_drop_rate, and dead_experts of all layers
+        together; beside each, under its name and "_layer", the place in `layers` (0, 1, ...) of
+        the layer with the worst; tokens. {} where nothing was seen.
         """
-        stats = self.stats(reset=True)
+        found = {}
+        for key, (name, worst, total) in WORST.items():
+            values = [
+                (
+                    math.inf * worst if math.isnan(numbers[key]) else numbers[key],
+                    place,
+                    numbers[key],
+                )
+                for place, numbers in enumerate(stats.values())
+                if numbers["forwards"]
+            ]
+            if not values:
+                return {}
+            _, place, value = max(values, key=lambda v: worst * v[0])
+            found[name] = sum(v for *_, v in values) if total else value
+            found[f"{name}_layer"] = float(place)
+        return found | {"tokens": max(numbers["tokens"] for numbers in stats.values())}
+
+    def check(self, training=None):
+        """`stats(reset=True)`, of which the logger "moe_ext" gets the summary at level INFO.
+
+        At level DEBUG it gets every layer. Warns once, for each layer and each of these, of
+        scores that are NaN or infinite, of a router that collapses, experts that die and drops
+        that rise; of the last three where enough tokens were seen to tell.
+        """
+        stats = self.stats(reset=True, training=training)
         found = defaultdict(list)
         for name, numbers in stats.items():
-            shown = (f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, float))
-            logger.info("%s: %s", name, ", ".join(shown))
-            if numbers["load"].sum() < 32 * len(numbers["load"]):
-                continue
-            best = self.best[name]
-            best["entropy"] = max(numbers["entropy"], best.get("entropy", 0.0))
-            best["drop_rate"] = min(numbers["drop_rate"], best.get("drop_rate", 1.0))
-            for problem, text in self._problems(numbers, best):
+            logger.debug("%s: %s", name, _shown(numbers))
+            for problem, text in self._problems(name, numbers):
                 if (name, problem) not in self.warned:
                     self.warned.add((name, problem))
                     found[problem].append(f"{name} ({text})")
+        if summary := self.summary(stats):
+            names = list(stats)
+            logger.info(
+                "%s",
+                ", ".join(
+                    f"{key} {summary[key]:.4g} ({names[int(summary[f'{key}_layer'])]})"
+                    for key, *_ in WORST.values()
+                ),
+            )
         for problem, places in found.items():
             warnings.warn(f"RoutingHealth: {problem}: {', '.join(places)}", stacklevel=2)
         return stats
 
-    def _problems(self, now, best):
+    def _problems(self, name, now):
         entropy, drops, dead = now["entropy"], now["drop_rate"], int(now["dead_experts"])
-        if entropy < self.min_entropy or entropy < 0.3 * best["entropy"]:
-            yield "the router collapses", f"entropy {entropy:.2f}, once {best['entropy']:.2f}"
-        if dead > self.max_dead * len(now["load"]):
-            yield "experts die", f"{dead} of {len(now['load'])} had no token"
+        largest = now.get("max_logit", 0.0)
+        if not (math.isfinite(entropy) and math.isfinite(largest)):
+            yield (
+                "scores are NaN or infinite",
+                f"entropy {entropy:.3g}, largest logit {largest:.3g}",
+            )
+        if now.load.sum() < 32 * len(now.load):
+            return
+        best = self.best[name]
+        best["drop_rate"] = min(drops, best.get("drop_rate", 1.0))
+        if math.isfinite(entropy):
+            best["entropy"] = max(entropy, best.get("entropy", 0.0))
+            if entropy < self.min_entropy or entropy < 0.3 * best["entropy"]:
+                yield "the router collapses", f"entropy {entropy:.2f}, once {best['entropy']:.2f}"
+        if dead > self.max_dead * len(now.load):
+            yield "experts die", f"{dead} of {len(now.load)} had no token"
         if drops > self.max_drop_rate and drops > 2 * best["drop_rate"]:
             yield "drops rise", f"{drops:.0%} of the assignments, once {best['drop_rate']:.0%}"
 
@@ -160,58 +265,49 @@ class RoutingHealth:
         n as in `moe_ext.update_router_biases`, which this includes.
         """
         moved = [
-            (self.layers[name]._routing_stats, self.rate, getattr(router, bias_name))
+            (self.counted[name][0], self.rate, getattr(router, bias_name))
             for name, (router, bias_name) in self.biases.items()
         ]
         for layer in self.layers.values():
             if isinstance(layer, MoE) and layer.bias_update_rate > 0:
                 bias = layer.gate.e_score_correction_bias
                 moved.append((layer._stats, layer.bias_update_rate, bias))
-        move_biases(moved, self.process_group)
+        move_biases(moved, *self._group())
 
 
-class RoutingCallback(TrainerCallback):
-    """`RoutingHealth` in transformers' Trainer.
+# What a summary has of a number: its name there, the sign of what is worse, and whether it is
+# that of all layers together.
+WORST = {
+    "entropy": ("worst_entropy", -1, False),
+    "max_violation": ("worst_max_violation", 1, False),
+    "dead_experts": ("dead_experts", 1, True),
+    "drop_rate": ("worst_drop_rate", 1, False),
+}
 
-        Trainer(..., callbacks=[RoutingCallback(bias_update_rate=1e-3)])
 
-    Biases move after every optimizer step. Every training log gets "moe/<name>/<number>" for
-    each layer, also in `trainer.state.log_history`. Arguments are those of `RoutingHealth`.
+def _shown(numbers):
+    return ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
 
-    A Trainer calls its trackers (`report_to`) before `callbacks`. For the numbers to reach them:
 
-        trainer.callback_handler.callbacks.insert(0, RoutingCallback())
-    """
-
-    def __init__(self, **options):
-        self.options = options
-        self.health = None
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.health = RoutingHealth(model, **self.options)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.health.update_biases()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.health is None or not logs or any(key.startswith("eval_") for key in logs):
-            return
-        numbers = {
-            f"moe/{name}/{key}": value
-            for name, stats in self.health.check().items()
-            for key, value in stats.items()
-            if isinstance(value, float) and stats["forwards"]  # none before the run's summary
-        }
-        logs.update(numbers)
-        if state.log_history:
-            state.log_history[-1].update(numbers)
+def _remove(watchers, pair):
+    watchers[:] = [other for other in watchers if other is not pair]
 
 
 # ---- what a model has ------------------------------------------------------------------
 
 
-def _stats(module):
-    return module._stats if isinstance(module, MoE) else module._routing_stats
+def _router_parameter(model, name, module):
+    """One that tells a layer from others, of its router where that is to be found."""
+    if isinstance(module, MoE):
+        return next(module.gate.parameters())
+    block = model.get_submodule(_experts_name(name).rpartition(".")[0])
+    experts = {id(p) for p in module.parameters()}
+    matrices = [p for p in block.parameters() if p.dim() > 1]
+    return next((p for p in matrices if id(p) not in experts), next(module.parameters()))
+
+
+def _experts_name(name):
+    return re.sub(r"(\.base_layer)+$", "", name)  # PEFT's adapters are wrapped around them
 
 
 def _layers(model):
@@ -224,10 +320,12 @@ def _layers(model):
             layers[name] = module
         elif runs_here(module):
             num_experts = getattr(module, "total_experts", module.num_experts)  # LongCat's
+            if getattr(module, "_is_expert_parallel", False):  # num_experts is this rank's
+                num_experts = module.down_proj.shape[0]
             watched[name] = module, num_experts, next(module.parameters()).device
         elif hasattr(module, "_is_expert_parallel"):
             elsewhere = module.config._experts_implementation
-    if not (layers or watched):
+    if not (layers or watched or is_distributed()):  # a pipeline stage may have none
         found = f"experts that run on {elsewhere!r}" if elsewhere else "no MoE layer"
         raise ValueError(
             f"RoutingHealth: found {found} in {type(model).__name__}: use moe_ext.MoE,"
@@ -250,8 +348,7 @@ def _biases(model, watched):
     """{name of the experts: (the module with a bias (E) for their choice, its name there)}."""
     found = {}
     for name, (_, num_experts, _) in watched.items():
-        experts = re.sub(r"(\.base_layer)+$", "", name)  # PEFT's adapters are wrapped around them
-        block = model.get_submodule(experts.rpartition(".")[0])
+        block = model.get_submodule(_experts_name(name).rpartition(".")[0])
         for router in block.modules():
             tensors = router._buffers | router._parameters
             for bias_name in BIASES & tensors.keys():

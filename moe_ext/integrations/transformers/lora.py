@@ -61,7 +61,7 @@ def _handing_over(activate):
                 yield
             return
         attribute = _attribute(self.parameter_name)
-        setattr(experts, attribute, _low_rank(self, adapters))
+        setattr(experts, attribute, _low_rank(self, adapters, _local(self, experts)))
         try:
             yield
         finally:
@@ -77,14 +77,35 @@ def _runs_on_moe_ext(module):
     return is_decorated and getattr(config, "_experts_implementation", None) == "moe_ext"
 
 
-def _low_rank(wrapper, adapters):
+def _local(wrapper, experts):
+    """The slice of the experts that are on this rank: PEFT's factors are those of all.
+
+    Raises:
+        RuntimeError: under an expert parallelism that does not tell which ones these are.
+    """
+    count = experts.num_experts
+    if count == wrapper.num_experts:
+        return slice(None)
+    mesh = getattr(wrapper.get_param(), "device_mesh", None)
+    names = () if mesh is None else mesh.mesh_dim_names or ()
+    if mesh is None or (mesh.ndim > 1 and "ep" not in names):
+        raise RuntimeError(
+            f"moe_ext: LoRA on {type(experts).__name__}.{wrapper.parameter_name} has factors of"
+            f" {wrapper.num_experts} experts, of which this rank has {count}, and its parameter is no"
+            " DTensor with a mesh dimension ep, which would tell which ones"
+        )
+    start = count * mesh.get_local_rank("ep" if "ep" in names else 0)
+    return slice(start, start + count)
+
+
+def _low_rank(wrapper, adapters, local):
     """PEFT keeps A as (E r, in), the expert slowest, and B as (out, r E), the expert fastest."""
     experts, dtype = wrapper.num_experts, wrapper.get_param().dtype
     a, b = [], []
     for name in adapters:
         weight_a, weight_b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-        a.append(weight_a.to(dtype).unflatten(0, (experts, -1)).transpose(1, 2))
-        by_expert = weight_b.to(dtype).unflatten(1, (-1, experts)).permute(2, 1, 0)
+        a.append(weight_a.to(dtype).unflatten(0, (experts, -1))[local].transpose(1, 2))
+        by_expert = weight_b.to(dtype).unflatten(1, (-1, experts)).permute(2, 1, 0)[local]
         b.append(by_expert.contiguous() * wrapper.scaling[name])
     return LowRank(_side_by_side(a, 2), _side_by_side(b, 1))
 

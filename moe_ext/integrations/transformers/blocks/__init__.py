@@ -16,7 +16,8 @@ from torch import nn
 
 from ...._checks import describe
 from .._version import PROVEN
-from .base import Replacement
+from . import checkpoints
+from .base import Replacement, Stacked
 
 # The classes of transformers.models.<family>.modeling_<family> that <family>.py replaces.
 FAMILIES = {
@@ -44,17 +45,19 @@ def replace(model):
 
     For dbrx, jetmoe, llama4, longcat_flash, nllb_moe, step3p7 and switch_transformers; other
     models have `register` and `set_experts_implementation("moe_ext")`. Outputs, dropped tokens
-    and `output_router_logits` stay what they were, and so does the state_dict: what
-    `save_pretrained` writes is the original's. Of the parameters, experts that are a module
-    each (Switch, NLLB-MoE) or flat (DBRX) become one a matrix, `experts.up_proj (E, I, H)`
-    and so on, until `restore`; the other families keep theirs.
+    and `output_router_logits` stay what they were, and so does what `save_pretrained` writes.
+    Experts that are a module each (Switch, NLLB-MoE) or flat (DBRX) become one parameter a
+    matrix, `experts.up_proj (E, I, H)` and so on, until `restore`, and are frozen where they
+    were; the other families keep theirs. The state_dict has the parameters of now;
+    `load_state_dict` takes the original's too.
 
     Returns:
         {name: module} of what was replaced.
 
     Raises:
         TypeError: model is no module, or holds quantised experts.
-        ValueError: there is nothing to replace.
+        ValueError: there is nothing to replace, or some experts of a block are frozen and
+            others not, which one parameter cannot be.
         RuntimeError: a block is not as in the transformers that this was proven with, or
             its forward is already someone else's (accelerate's hooks).
         The model is then unchanged.
@@ -65,6 +68,7 @@ def replace(model):
     chosen = {name: (module, _ours(module)) for name, module in found.items()}
     for name, (module, ours) in chosen.items():
         _check(name, module, ours)
+    checkpoints.install()
     for module, ours in chosen.values():
         module.__class__ = ours
         module.adopt()
@@ -136,3 +140,5 @@ def _check(name, module, ours):
                 f"replace: {name}.{parameter_name} must be floating, got {describe(parameter)}:"
                 " quantised experts stay as they are"
             )
+    if issubclass(ours, Stacked) and (problem := ours.check(module)):
+        raise ValueError(f"replace: in {name} {problem}")

@@ -44,69 +44,102 @@ class Replacement:
 class Stacked(Replacement, ABC):
     """Experts whose parameters become one for all experts, until they are released.
 
-    The modules of the original wait out of the tree, their parameters on the meta device.
-    In the state_dict the parameters go by their names and shapes in the original, so that
-    what is saved from a model with replacements is read by one without.
+    The modules of the original wait out of the tree, their parameters on the meta device. The
+    state_dict has the parameters as they are here and loads both these and the original's;
+    what `save_pretrained` writes is the original's (checkpoints.py).
     """
 
+    @classmethod
     @abstractmethod
-    def shapes(self):
-        """{name: shape} of the parameters here; asked before any of them is made."""
+    def shapes(cls, original):
+        """{name: shape} of the parameters here, of a module of the original class."""
 
+    @classmethod
     @abstractmethod
-    def views(self):
-        """{name in the original: the part of the parameters here that it is}."""
+    def views(cls, name, stack):
+        """{name in the original: the part of the parameter of this name here that it is}."""
+
+    @classmethod
+    def check(cls, original):
+        """What keeps a module of the original class from being replaced, or None."""
+        theirs = dict(original.named_parameters())
+        for name, shape in cls.shapes(original).items():
+            parts = list(cls.views(name, torch.empty(shape, device="meta")))
+            frozen = [part for part in parts if not theirs[part].requires_grad]
+            if 0 < len(frozen) < len(parts):
+                return (
+                    f"{', '.join(parts[:2])}{', ...' * (len(parts) > 2)} become one parameter, {name},"
+                    f" and must have the same requires_grad, got False for {', '.join(frozen[:3])}"
+                    f"{', ...' * (len(frozen) > 3)}"
+                )
 
     @torch.no_grad()
     def adopt(self):
         theirs = dict(self.named_parameters())
         some = next(iter(theirs.values()))
-        for name, shape in self.shapes().items():
-            parameter = nn.Parameter(some.new_empty(shape), some.requires_grad)
-            self.register_parameter(name, parameter)
-        for name, view in self.views().items():
-            view.copy_(theirs[name].view(view.shape))
+        for name, shape in self.shapes(self).items():
+            stack = some.new_empty(shape)
+            for part, view in self.views(name, stack).items():
+                view.copy_(theirs[part].view(view.shape))
+            self.register_parameter(name, nn.Parameter(stack, theirs[part].requires_grad))
         self._originals, self._modules = self._modules, {}
         for module in self._originals.values():
             module.to("meta")
 
     @torch.no_grad()
     def release(self):
-        views, some = self.views(), next(self.parameters())
+        stacks, some = self._parameters, next(self.parameters())
         for module in self._originals.values():
             module.to_empty(device=some.device).to(some.dtype).train(self.training)
         self._modules, self._parameters = self._originals, {}
         del self._originals
-        for name, parameter in self.named_parameters():
-            parameter.copy_(views[name].reshape(parameter.shape))
-            parameter.requires_grad_(some.requires_grad)
+        theirs = dict(self.named_parameters())
+        for name, stack in stacks.items():
+            for part, view in self.views(name, stack).items():
+                theirs[part].copy_(view.reshape(theirs[part].shape))
+                theirs[part].requires_grad_(stack.requires_grad)
 
-    def _theirs(self):
-        """{name in the original: (its shape there, the part of the parameters here)}."""
-        views = self.views()
+    def __setstate__(self, state):  # unpickled where nothing was replaced yet
+        from .checkpoints import install
+
+        super().__setstate__(state)
+        install()
+
+    def in_original(self, name, stack):
+        """{name in the original: what it is of this tensor, in its shape there}."""
+        shapes = self._original_shapes()
+        return {part: view.reshape(shapes[part]) for part, view in self.views(name, stack).items()}
+
+    def _original_shapes(self):
         return {
-            f"{module}.{name}": (parameter.shape, views[f"{module}.{name}"])
+            f"{module}.{name}": parameter.shape
             for module, original in self._originals.items()
             for name, parameter in original.named_parameters()
         }
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        for name, (shape, view) in self._theirs().items():
-            destination[prefix + name] = (view if keep_vars else view.detach()).reshape(shape)
-
-    @torch.no_grad()
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # fmt: skip
-        theirs = {prefix + name: entry for name, entry in self._theirs().items()}
-        for key, (shape, view) in theirs.items():
-            if key not in state_dict:
-                missing.append(key)
-            elif state_dict[key].shape != shape:
-                errors.append(
-                    f"{key} must be of shape {tuple(shape)}, got {tuple(state_dict[key].shape)}"
-                )
-            else:
-                view.copy_(state_dict[key].view(view.shape))
-        unexpected += [k for k in state_dict if k.startswith(prefix) and k not in theirs]
+        shapes, absent = self._original_shapes(), []
+        for name, parameter in self._parameters.items():
+            parts = self.views(name, parameter.detach())
+            found = {part: state_dict.pop(prefix + part) for part in parts if prefix + part in state_dict}  # fmt: skip
+            if not found:
+                continue
+            some = next(iter(found.values()))
+            stack = torch.empty_like(parameter, device=some.device, dtype=some.dtype)
+            for part, view in self.views(name, stack).items():
+                if part not in found:
+                    absent.append(prefix + part)
+                    view.copy_(parts[part])
+                elif found[part].shape != shapes[part]:
+                    errors.append(
+                        f"{prefix}{part} must be of shape {tuple(shapes[part])},"
+                        f" got {tuple(found[part].shape)}"
+                    )
+                else:
+                    view.copy_(found[part].view(view.shape))
+            state_dict[prefix + name] = stack
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # fmt: skip
+        missing += absent
 
 
 class PerExpert(Stacked):
@@ -126,15 +159,14 @@ class PerExpert(Stacked):
             return lambda rows: F.dropout(act(rows), p)
         return act
 
-    def shapes(self):
-        expert = dict(self["expert_0"].named_parameters())
+    @classmethod
+    def shapes(cls, original):
+        expert = dict(original["expert_0"].named_parameters())
         return {
-            name: (self.num_experts, *expert[theirs].shape) for name, theirs in self.names.items()
+            name: (original.num_experts, *expert[theirs].shape)
+            for name, theirs in cls.names.items()
         }
 
-    def views(self):
-        return {
-            f"expert_{e}.{theirs}": self._parameters[name][e]
-            for name, theirs in self.names.items()
-            for e in range(self.num_experts)
-        }
+    @classmethod
+    def views(cls, name, stack):
+        return {f"expert_{e}.{cls.names[name]}": part for e, part in enumerate(stack)}

@@ -15,16 +15,21 @@ class Experts(Stacked, DbrxExperts):
         tokens = hidden_states.reshape(-1, self.hidden_size)
         return experts_forward(self, tokens, top_k_index, top_k_weights).view(hidden_states.shape)
 
-    def shapes(self):
-        experts, hidden, width = self.num_experts, self.hidden_size, self.ffn_hidden_size
+    @classmethod
+    def shapes(cls, original):
+        experts, hidden = original.num_experts, original.hidden_size
+        width = original.ffn_hidden_size
         return {
             "gate_up_proj": (experts, 2 * width, hidden),
             "down_proj": (experts, hidden, width),
         }
 
-    def views(self):
-        gate, up = self.gate_up_proj.chunk(2, dim=1)
-        return {"mlp.w1": gate, "mlp.v1": up, "mlp.w2": self.down_proj.mT}
+    @classmethod
+    def views(cls, name, stack):
+        if name == "down_proj":
+            return {"mlp.w2": stack.mT}
+        gate, up = stack.chunk(2, dim=1)
+        return {"mlp.w1": gate, "mlp.v1": up}
 
 
 REPLACEMENTS = {DbrxExperts: lambda module: Experts}

@@ -15,8 +15,8 @@ fault(
 )
 fault(
     "a sequence's capacity comes from the whole batch",
-    "tokens, num_sequences = shape[-2], math.prod(shape[:-2])",
-    "tokens, num_sequences = math.prod(shape[:-1]), math.prod(shape[:-2])",
+    "tokens, num_sequences = shape[-2], max(",
+    "tokens, num_sequences = math.prod(shape[:-1]), max(",
     "tests/test_moe.py::test_every_option_as_written_out",
 )
 fault(
@@ -29,8 +29,8 @@ fault(
 fault = faults("moe_ext/routing.py")
 fault(
     "capacity is rounded down",
-    "capacity = -(-(tokens * self.numerator) // self.denominator)",
-    "capacity = tokens * self.numerator // self.denominator",
+    "capacity = -(-(tokens * numerator * top_k) // denominator)",
+    "capacity = tokens * numerator * top_k // denominator",
     "tests/test_moe.py::test_capacity",
 )
 fault(
@@ -41,7 +41,7 @@ fault(
 )
 fault(
     "the selection bias is not used",
-    "selection_bias=self.e_score_correction_bias",
+    "selection_bias=self.float32_bias()",
     "selection_bias=None",
     "tests/test_transformers.py::test_deepseek_v3_bias_changes_the_choice",
 )
@@ -127,8 +127,8 @@ fault(
 )
 fault(
     "the z-loss counts padding",
-    "torch.where(present, logsumexp, 0.0)",
-    "logsumexp",
+    "logits.logsumexp(-1).masked_fill(padding_mask, 0)",
+    "logits.logsumexp(-1)",
 )
 
 # ---- statistics ------------------------------------------------------------------------------

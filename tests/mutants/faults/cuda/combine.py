@@ -76,7 +76,7 @@ fault(
 )
 fault(
     "rows of nobody keep what was there",
-    "if (p.row_owner[row] >= 0) continue;",
+    "if (p.row_owner[row] >= 0 && p.row_owner[row] < p.owners) continue;",
     "continue;",
     GATHER + "test_routings",
 )

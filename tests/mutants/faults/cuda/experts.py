@@ -133,8 +133,8 @@ fault(
 )
 fault(
     "a weight gradient takes rows of the next expert",
-    "column_ + from * row_bytes_, k < rows_ ? 16 : 0);",
-    "column_ + from * row_bytes_, 16);",
+    "k < rows_ && from >= 0 ? 16 : 0);",
+    "16);",
 )
 fault(
     "a gathered tile takes the rows of the one before",
@@ -167,7 +167,7 @@ fault(
 )
 fault(
     "a tile has all of its rows",
-    "min(expert_offsets[expert + 1] - row, tile_rows), column_tile};",
+    "min(end_row - row, tile_rows), column_tile};",
     "tile_rows, column_tile};",
 )
 
@@ -253,8 +253,8 @@ fault = faults(
 )
 fault(
     "rows are looked up after they are used",
-    "row_of[thread] = g.a.index ? g.a.index[row] : row;\n  }\n  __syncthreads();",
-    "row_of[thread] = g.a.index ? g.a.index[row] : row;\n  }",
+    "leads(from, g.a.limit) ? from : -1;\n  }\n  __syncthreads();",
+    "leads(from, g.a.limit) ? from : -1;\n  }",
 )
 fault(
     "a slice is read before it is there",
@@ -274,8 +274,8 @@ fault(
 )
 fault(
     "a weight gradient goes on to the last row",
-    "const int64_t end = g.context.expert_offsets[tile.expert + 1];",
-    "const int64_t end = g.context.expert_offsets[g.context.experts];",
+    "begin + rows_of(g.context.expert_offsets, tile.expert, g.context.rows);",
+    "offset_of(g.context.expert_offsets, g.context.experts, g.context.rows);",
 )
 
 fault = faults(
@@ -295,13 +295,13 @@ fault(
 )
 fault(
     "a bias gradient is weighted by the token's number",
-    "g.weights_dtype, g.row_assignment[r])",
-    "g.weights_dtype, row)",
+    "part += row_weight<C>(g, r) * value;",
+    "part += row_weight<C>(g, row) * value;",
 )
 fault(
     "a dropped assignment's gradient is never written",
-    "if (thread < g.assignments && g.assignment_row[thread] < 0) {",
-    "if (false) {",
+    "if (!has_row) store_as<C>(g.out, g.out_dtype, thread, C(0));",
+    "",
 )
 fault(
     "dS takes the bias of the row's neighbour",
@@ -310,12 +310,57 @@ fault(
 )
 fault(
     "the first row of an expert belongs to the one before",
-    "(context.expert_offsets[middle] <= row ? low : high) = middle;",
-    "(context.expert_offsets[middle] < row ? low : high) = middle;",
+    "(offset_of(context.expert_offsets, middle, context.rows) <= row ? low : high) = middle;",
+    "(offset_of(context.expert_offsets, middle, context.rows) < row ? low : high) = middle;",
 )
 fault(
     "the first row of the tail is not cleared",
-    "tail.context.expert_offsets[tail.context.experts] * tail.columns;",
-    "(tail.context.expert_offsets[tail.context.experts] + 1) * tail.columns;",
+    "offset_of(context.expert_offsets, context.experts, context.rows) * tail.columns;",
+    "(offset_of(context.expert_offsets, context.experts, context.rows) + 1) * tail.columns;",
     "tests/test_grouped_ffn.py::TestNumbers::test_a_tail_is_never_read",
+)
+
+# ---- plans that do not fit --------------------------------------------------------------------
+
+PLANS = "tests/test_plans_that_do_not_fit.py::"
+NO_TOKEN = PLANS + "test_rows_of_no_token_count_nothing"
+
+fault = faults("csrc/cuda/kernels/tiles.cuh", PLANS)
+fault(
+    "an offset past the rows is followed",
+    "return min(max(expert_offsets[e], 0), static_cast<int>(rows));",
+    "return max(expert_offsets[e], 0);",
+    PLANS + "test_offsets_past_the_rows_are_the_first_or_the_last",
+)
+fault(
+    "an expert whose offsets fall has fewer rows than none",
+    "return max(offset_of(expert_offsets, e + 1, rows) - offset_of(expert_offsets, e, rows), 0);",
+    "return offset_of(expert_offsets, e + 1, rows) - offset_of(expert_offsets, e, rows);",
+    PLANS + "test_offsets_that_fall_stay_inside",
+)
+fault(
+    "an index below 0 leads somewhere",
+    "return index >= 0 && index < limit;",
+    "return index < limit;",
+    NO_TOKEN,
+)
+fault = faults("csrc/cuda/kernels/grouped_gemm_sm80.cuh", NO_TOKEN)
+fault(
+    "rows of no token are copied into a tile",
+    "if (gemm.a.index && !leads(from, gemm.a.limit)) return nullptr;",
+    "",
+)
+fault = faults("csrc/cuda/kernels/operand_tiles.cuh", NO_TOKEN)
+fault(
+    "a weight's gradient follows every token",
+    "if (index_ && static_cast<unsigned>(next_[i]) >= limit_) next_[i] = -1;",
+    "",
+)
+fault = faults(
+    "csrc/cuda/kernels/epilogues.cuh", PLANS + "test_rows_of_no_assignment_have_no_gradient"
+)
+fault(
+    "a row of no assignment has a weight",
+    "const bool has_one = assignment >= 0 && assignment < e.assignments;",
+    "const bool has_one = true;",
 )

@@ -1,6 +1,16 @@
 """The faults that the suite on the CPU must catch."""
 
-from . import bfloat16, combine, experts, layer, reference, router, scatter, transformers
+from . import (
+    bfloat16,
+    combine,
+    experts,
+    layer,
+    reference,
+    router,
+    scatter,
+    seams,
+    transformers,
+)
 
 FAULTS = [
     *reference.FAULTS,
@@ -10,5 +20,6 @@ FAULTS = [
     *bfloat16.FAULTS,
     *combine.FAULTS,
     *layer.FAULTS,
+    *seams.FAULTS,
     *transformers.FAULTS,
 ]

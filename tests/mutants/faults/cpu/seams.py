@@ -1,0 +1,137 @@
+"""Where the layer meets other software: state, wrappers, options, masks, helpers."""
+
+from mutants.fault import collection
+
+FAULTS, faults = collection()
+
+# ---- state, and who reads parameters ---------------------------------------------------------
+
+fault = faults("moe_ext/stats.py", "tests/test_wrappers.py")
+fault(
+    "state begins on the meta device",
+    'return "cpu" if device.type == "meta" else device',
+    "return device",
+)
+fault = faults("moe_ext/moe.py", "tests/test_wrappers.py")
+fault(
+    "the loss scale has the default dtype",
+    "torch.ones((), dtype=torch.float64, device=home(device))",
+    "torch.ones((), device=home(device))",
+)
+fault = faults("moe_ext/routing.py", "tests/test_wrappers.py")
+fault(
+    "a selection bias keeps the dtype that it was given",
+    "if bias is not None and bias.dtype != torch.float32:",
+    "if False:",
+)
+fault = faults("moe_ext/inference.py", "tests/integrations/test_health.py")
+fault("an inference is not told to those who watch", "layer._routing_watchers or ", "")
+fault = faults("moe_ext/groups.py", "tests/test_groups.py")
+fault(
+    "the stages of a pipeline sum their counts",
+    "if all(layers == mine for layers in everyones):",
+    "if True:",
+)
+
+# ---- options ---------------------------------------------------------------------------------
+
+fault = faults("moe_ext/options.py", "tests/test_options.py")
+fault(
+    "the router keeps the routing that it was built with",
+    "layer._routing.update(check_routing_options(layer.num_experts, **options))",
+    "layer._routing = check_routing_options(layer.num_experts, **options)",
+)
+fault(
+    "a capacity factor set later is forgotten",
+    "layer._capacity_ratios = {**layer._capacity_ratios, name: ratio}",
+    "layer._capacity_ratios.setdefault(name, ratio)",
+)
+fault(
+    "an option set later is not checked",
+    "layer.__dict__[name] = check(layer, value)",
+    "layer.__dict__[name] = value",
+)
+
+# ---- padding and losses ----------------------------------------------------------------------
+
+fault = faults("moe_ext/moe.py", "tests/test_moe.py")
+fault(
+    "what padding holds reaches the gradients",
+    "tokens = tokens.masked_fill(padding_mask[:, None], 0)",
+    "pass",
+)
+fault = faults("moe_ext/masking.py", "tests/test_masking.py")
+fault(
+    "the mask of a part is for all layers", "if layers is None or id(layer) in layers:", "if True:"
+)
+fault(
+    "an outer mask goes before an inner one",
+    "masks = ((mask, _layers(module)), *outer)",
+    "masks = (*outer, (mask, _layers(module)))",
+)
+fault = faults("moe_ext/losses.py", "tests/test_losses.py")
+fault(
+    "padding's logits reach the balance loss",
+    "layer_logits = layer_logits.masked_fill(~present[:, None], 0)",
+    "pass",
+)
+fault(
+    "every step counts as accumulation",
+    "weight._version == before and not recomputed",
+    "not recomputed",
+)
+fault(
+    "accumulation is not told",
+    "return weight.grad is not None and",
+    "return weight.grad is None and",
+)
+
+# ---- dense layers ----------------------------------------------------------------------------
+
+fault = faults("moe_ext/dense.py", "tests/test_replace.py")
+fault("the first of several activations is taken", "if len(fitting) == 1:", "if fitting:")
+fault(
+    "a clamped activation passes for its neighbour",
+    "SCALES = (2.0, 50.0, 2000.0)",
+    "SCALES = (2.0,)",
+)
+fault("the user's hooks see the trial", "        hooks.clear()\n", "        pass\n")
+
+# ---- checkpoints and adapters ----------------------------------------------------------------
+
+fault = faults("moe_ext/pretrained.py", "tests/test_pretrained.py")
+fault(
+    "the scales' exponents are taken for numbers",
+    "value = torch.ldexp(torch.ones(exponent.shape), exponent.to(torch.int32) - 127)",
+    "value = exponent.float()",
+)
+fault = faults("moe_ext/integrations/transformers/lora.py", "tests/integrations/test_lora.py")
+fault(
+    "every rank takes the factors of the first experts",
+    'start = count * mesh.get_local_rank("ep" if "ep" in names else 0)',
+    "start = 0",
+)
+
+# ---- helpers ---------------------------------------------------------------------------------
+
+fault = faults("moe_ext/parameters.py", "tests/test_parameters.py")
+fault("the experts' biases decay", ' or name.endswith("bias")', "")
+fault("routers decay", " or parameter in kept", "")
+fault("all experts are active", "m.top_k / m.num_experts", "1.0")
+fault = faults("moe_ext/flops.py", "tests/test_flops.py")
+fault("what is frozen costs FLOPs", " + up * wants_x + up * wants_up", " + 2 * up")
+
+# ---- edges -----------------------------------------------------------------------------------
+
+fault = faults("csrc/cpu/topk_route.cpp", "tests/test_edges.py")
+fault(
+    "softmax_topk chooses among scores that underflow",
+    "(o.by_logits ? row.logits : row.scores)",
+    "row.scores",
+)
+fault = faults("moe_ext/moe.py", "tests/test_edges.py")
+fault(
+    "one token alone has no sequence",
+    "shape = (1, *shape)[-max(len(shape), 2) :]",
+    "shape = (*shape,)",
+)

@@ -38,6 +38,17 @@ def first_example(capsys, **_):
     assert names["block"].ffn.gate.weight.grad.any()
 
 
+@around("parameter_groups")
+def helpers(**_):
+    block = make(num_experts=4, top_k=1)
+    names = dict(torch=torch, moe_ext=moe_ext, block=block)
+    yield names
+    decays = [group["weight_decay"] for group in names["optimizer"].param_groups]
+    assert decays == [0.1, 0.0]
+    experts = sum(p.numel() for p in block.experts.parameters())
+    assert names["total"] - names["active"] == experts * 3 // 4
+
+
 @around("from_pretrained_block")
 def checkpoint(tmp_path, monkeypatch, **_):
     save_file = pytest.importorskip("safetensors.torch").save_file

@@ -211,7 +211,7 @@ class MoE(nn.Module):
         )
         init_std = check_number("MoE", "init_std", init_std)
         check_dtype("MoE", "dtype", dtype)
-        vars(self).update(
+        self._options = dict(
             hidden_size=size,
             intermediate_size=width,
             num_experts=num_experts,

@@ -54,7 +54,6 @@ def _factor(name):
     def check(layer, factor):
         if factor is not None:
             check_number("MoE", name, factor, positive=True)
-        # Another dict: a shallow copy of the layer shares this one.
         ratio = capacity_ratio(factor, layer.num_experts)
         layer._capacity_ratios = {**layer._capacity_ratios, name: ratio}
         return factor
@@ -94,9 +93,9 @@ CHANGEABLE = {
 
 def _fixed(name):
     def get(layer):
-        if name not in layer.__dict__:
+        if name not in layer._options:
             raise AttributeError(name)
-        return layer.__dict__[name]
+        return layer._options[name]
 
     def refuse(layer, value):
         raise AttributeError(
@@ -119,10 +118,11 @@ def _routing(name):
 
 def _changeable(name, check):
     def get(layer):
-        return layer.__dict__[name]
+        return layer._options[name]
 
     def set(layer, value):
-        layer.__dict__[name] = check(layer, value)
+        # Another dict: a shallow copy of the layer shares this one.
+        layer._options = {**layer._options, name: check(layer, value)}
 
     return property(get, set)
 

@@ -323,7 +323,7 @@ def _layers(model):
             if getattr(module, "_is_expert_parallel", False):  # num_experts is this rank's
                 num_experts = module.down_proj.shape[0]
             watched[name] = module, num_experts, next(module.parameters()).device
-        elif hasattr(module, "_is_expert_parallel"):
+        elif in_registry(module):
             elsewhere = module.config._experts_implementation
     if not (layers or watched or is_distributed()):  # a pipeline stage may have none
         found = f"experts that run on {elsewhere!r}" if elsewhere else "no MoE layer"
@@ -340,8 +340,12 @@ def runs_here(module):
 
     if isinstance(module, Replacement):
         return module.computes_experts
-    is_experts = hasattr(module, "_is_expert_parallel")
-    return is_experts and module.config._experts_implementation == "moe_ext"
+    return in_registry(module) and module.config._experts_implementation == "moe_ext"
+
+
+def in_registry(module):
+    """Whether transformers' registry of experts functions says what computes its forward."""
+    return "is_concatenated" in vars(module)  # its decorator writes it into every instance
 
 
 def _biases(model, watched):

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...._checks import describe
 from .._version import PROVEN
+from ..health import in_registry
 from . import checkpoints
 from .base import Replacement, Stacked
 
@@ -112,7 +113,7 @@ def _nothing(model):
     name = type(model).__name__
     if _modules(model, "replace", lambda module: isinstance(module, Replacement)):
         return f"all MoE blocks of {name} are already replaced"
-    if _modules(model, "replace", lambda module: hasattr(module, "_is_expert_parallel")):
+    if _modules(model, "replace", in_registry):
         return (
             f"the experts of {name} go through transformers' registry: register() and"
             ' model.set_experts_implementation("moe_ext")'

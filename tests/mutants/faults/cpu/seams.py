@@ -48,8 +48,8 @@ fault(
 )
 fault(
     "an option set later is not checked",
-    "layer.__dict__[name] = check(layer, value)",
-    "layer.__dict__[name] = value",
+    "name: check(layer, value)}",
+    "name: value}",
 )
 
 # ---- padding and losses ----------------------------------------------------------------------

@@ -28,7 +28,7 @@ from .functional import capacity_scatter
 from .masking import current_padding
 from .options import with_options
 from .routing import Router, Routing, capacity_of, renormalize_after_drop
-from .stats import RoutingStats, home
+from .stats import RoutingStats, counting, home
 
 
 @with_options
@@ -381,10 +381,7 @@ class MoE(nn.Module):
         # Before the experts, whose weights push the routing out of the caches. An exported program
         # has no place for a tensor that is not a buffer and changes; meta tensors say nothing.
         if not (is_exporting() or logits.is_meta):
-            for stats in (
-                self._stats,
-                *(pair[not self.training] for pair in self._routing_watchers),
-            ):
+            for stats in (self._stats, *counting(self._routing_watchers, self.training)):
                 stats.accumulate(
                     logits, route, plan.assignment_row, padding_mask, self.score_function,
                     self.training,

@@ -106,6 +106,11 @@ class RoutingStats:
         return read_all([self], reset)[0]
 
 
+def counting(watchers, training):
+    """Those that count a forward in this mode, of pairs (in training, in evaluation)."""
+    return [seen if training else checked for seen, checked in watchers]
+
+
 @torch.no_grad()
 def read_all(layers, reset=False, reduce=False, process_group=None):
     """[the dict of `MoE.stats`] of several `RoutingStats`; over all ranks with `reduce`.

@@ -146,6 +146,8 @@ def transformers_block(name):
         config = transformers.MixtralConfig(intermediate_size=I, num_local_experts=E, **common)
         return MixtralSparseMoeBlock(config), "mixtral_8x7b", {}
     if name == "switch":
+        if transformers.__version__.startswith("5.17."):
+            pytest.skip("Switch drops nothing in that release")
         from transformers.models.switch_transformers import modeling_switch_transformers as switch
 
         config = transformers.SwitchTransformersConfig(

@@ -110,6 +110,9 @@ MODELS = {
     "longcat_flash": longcat_flash,
     "step3p7": step3p7,
 }
+IS_5_17 = transformers.__version__.startswith("5.17.")
+# Whose router_logits no output of that release has, so that their balance loss fails too.
+WITHOUT_LOGITS = [n for n in MODELS if IS_5_17 and n.startswith(("switch", "dbrx", "llama4"))]
 # Drawn alike only where nothing is drawn within the experts.
 TRAINED = ("switch_jitter", "nllb_moe_no_token_dropout", "dbrx", "llama4")
 
@@ -197,7 +200,9 @@ def test_same_outputs_and_gradients(name, training):
     if training and name not in TRAINED:
         pytest.skip("draws within the experts, or trains as it evaluates")
     model = make(name).train(training)
-    router_logits = dict(output_router_logits=True) if can_output_router_logits(model) else {}
+    router_logits = {}
+    if can_output_router_logits(model) and name not in WITHOUT_LOGITS:
+        router_logits = dict(output_router_logits=True)
     inputs = batch(model)
     ours, theirs = {}, {}
     for dtype in (torch.float64, torch.float32):
@@ -228,6 +233,8 @@ def can_output_router_logits(model):
 @pytest.mark.parametrize("name", ["switch", "nllb_moe", "dbrx", "jetmoe"])
 def test_balance_loss_stays(name):
     """The loss with output_router_logits=True, and what it does to the routers."""
+    if name in WITHOUT_LOGITS:
+        pytest.skip("the release's own fails")
     model = make(name)
     inputs = batch(model)
     labels = inputs.get("decoder_input_ids", inputs["input_ids"])
@@ -412,6 +419,8 @@ def test_dropout_within_experts(name, p):
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "_" not in name or name in FAMILIES])
 def test_compiles_in_one_graph(name):
+    if IS_5_17 and name in ("switch", "nllb_moe"):
+        pytest.skip("the release's own router does not")
     model = replaced(make(name))
     inputs = batch(model)
     if name == "switch":  # whose own stack does not

@@ -174,6 +174,9 @@ def test_compiles_in_one_graph():
     assert [numbers["tokens"] for numbers in health.stats().values()] == [14, 14]
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.17."), reason="Switch drops nothing in that release"
+)
 def test_switch_drops_are_counted():
     config = transformers.SwitchTransformersConfig(
         vocab_size=50, d_model=32, d_kv=8, d_ff=20, num_heads=4, num_layers=2, num_experts=4,

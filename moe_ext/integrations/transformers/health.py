@@ -5,6 +5,7 @@ to the scores for the choice alone (DeepSeek-V3's e_score_correction_bias) it ne
 """
 
 import functools
+import itertools
 import logging
 import math
 import re
@@ -19,7 +20,7 @@ from ..._checks import check_number, describe
 from ...groups import group_of, is_distributed
 from ...moe import MoE
 from ...routing import move_biases
-from ...stats import Numbers, RoutingStats, read_all
+from ...stats import Numbers, RoutingStats, counting, read_all
 from ...types import Route
 
 logger = logging.getLogger("moe_ext")
@@ -52,10 +53,10 @@ ARGUMENTS = "hidden_states", "top_k_index", "top_k_weights"
 
 @torch.no_grad()
 def _count(watchers, experts, top_k_index, top_k_weights):
-    counting = [pair[not experts.training] for pair in watchers]
-    for stats in counting:
+    watchers = counting(watchers, experts.training)
+    for stats in watchers:
         stats.to(top_k_index.device)
-    num_experts = len(counting[0].counts)
+    num_experts = len(watchers[0].counts)
     counted = top_k_index.flatten().long().clamp(max=num_experts)
     load = torch.zeros(num_experts + 1, dtype=torch.int32, device=counted.device)
     load = load.scatter_add(0, counted, torch.ones_like(counted, dtype=torch.int32))[:-1]
@@ -69,7 +70,7 @@ def _count(watchers, experts, top_k_index, top_k_weights):
     is_finite = top_k_weights.isfinite().all()
     route = Route(None, top_k_index, load, torch.where(is_finite, load.double(), math.nan), None)
     logits = torch.zeros(len(top_k_index), num_experts, device=load.device)
-    for stats in counting:
+    for stats in watchers:
         stats.accumulate(logits, route, assignment_row, None, "softmax", experts.training)
 
 
@@ -170,12 +171,11 @@ class RoutingHealth:
         if training is None:
             counted = [in_training.plus(in_evaluation) for in_training, in_evaluation in pairs]
         else:
-            counted = [pair[not training] for pair in pairs]
+            counted = counting(pairs, training)
         read = read_all(counted, False, *group)
         if reset:
-            for pair in pairs:
-                for stats in pair if training is None else (pair[not training],):
-                    stats.reset()
+            for stats in itertools.chain(*pairs) if training is None else counted:
+                stats.reset()
         return {
             name: stats
             if isinstance(module, MoE)

@@ -108,7 +108,11 @@ fault(
     "clamp(max=num_experts - 1)",
 )
 fault("drops are not counted", 'if getattr(experts, "sentinels_are_drops", False):', "if False:")
-fault("evaluation moves the biases", "[pair[not experts.training] for", "[pair[0] for")
+fault(
+    "evaluation moves the biases",
+    "counting(watchers, experts.training)",
+    "counting(watchers, True)",
+)
 fault(
     "a second watcher takes the first one's place", "watchers.append(pair)", "watchers[:] = [pair]"
 )

@@ -77,8 +77,10 @@ class RoutingStats:
 
     def to(self, device):
         """Follows its module to a device."""
+        if self.counts.device == device:
+            return
         for name, tensor in vars(self).items():
-            if tensor is not None and tensor.device != device:
+            if tensor is not None:
                 setattr(self, name, _static(tensor.to(device)))
 
     def accumulate(self, logits, route, assignment_row, padding_mask, score_function, training):

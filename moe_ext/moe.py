@@ -218,6 +218,20 @@ class MoE(nn.Module):
             activation=activation,
             init_std=init_std,
         )
+        # What `options.arguments_of` cannot read off the layer once others wrap its parts (PEFT).
+        self._built_with = dict(
+            hidden_size=size,
+            intermediate_size=width,
+            num_experts=num_experts,
+            **ffn,
+            **layout,
+            gate_bias=gate_bias,
+            score_correction_bias=router["score_correction_bias"],
+            router_dtype=router_dtype,
+            shared_expert_intermediate_size=shared_size,
+            shared_expert_gate=shared_expert_gate,
+            init_std=init_std,
+        )
         self._capacity_ratios = {}
         self.jitter_eps = jitter_eps
         self.jitter_target = jitter_target

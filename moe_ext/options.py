@@ -6,6 +6,8 @@ construction; or it is refused.
     layer.num_experts = 4           # AttributeError: the parameters were made for it
 """
 
+import torch
+
 from ._checks import (
     DROP_POLICIES,
     check_flag,
@@ -140,3 +142,21 @@ def with_options(cls):
     for name, option in _PROPERTIES.items():
         setattr(cls, name, option)
     return cls
+
+
+def arguments_of(layer):
+    """{name: value} of all that `MoE` was built with and has been set since, but device and dtype; JSON."""
+    built_with = layer._built_with
+    dtype = built_with["router_dtype"]
+    return {
+        **built_with,
+        "router_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        **{name: getattr(layer, name) for name in (*ROUTING, *CHANGEABLE)},
+    }
+
+
+def layer_of(cls, arguments):
+    """The `MoE` of what `arguments_of` gave, with fresh parameters."""
+    dtype = arguments["router_dtype"]
+    dtype = None if dtype is None else getattr(torch, dtype)
+    return cls(**{**arguments, "router_dtype": dtype})

@@ -12,11 +12,11 @@ from torch import nn
 import moe_ext
 from moe_ext import MoE
 from moe_ext.options import arguments_of
-from oracle import bits_equal
+from oracle import bits_equal, relative_error
 
 transformers = pytest.importorskip("transformers")
 
-from moe_ext.integrations.transformers import saving  # noqa: E402
+from moe_ext.integrations.transformers import export_mixtral, saving  # noqa: E402
 
 SMALL = dict(
     vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
@@ -275,3 +275,95 @@ def test_dense_models_are_left_alone(tmp_path):
     assert bits_equal(logits(load(model, tmp_path)), logits(model))
     saving.install()  # again
     assert not hasattr(transformers.PreTrainedModel.post_init.before_moe_ext, "before_moe_ext")
+
+
+# ---- exported as a Mixtral -------------------------------------------------------------------
+
+ROPE = dict(
+    rope_type="llama3", rope_theta=5e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config,options",
+    [
+        ({}, {}),
+        (dict(tie_word_embeddings=True), dict(top_k=3, score_function="softmax_topk")),
+        (dict(head_dim=4, num_key_value_heads=1), dict(interleaved=True, transposed=True)),
+        (dict(rope_parameters=ROPE, rms_norm_eps=1e-3), dict(capacity_factor=1.0, jitter_eps=0.1)),
+    ],
+)
+def test_exported_as_a_mixtral(config, options, tmp_path):
+    model = llama(**config).eval()
+    swapped = moe_ext.replace_ffn(model, 4, **options)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    model.generation_config.max_new_tokens = 7
+    expected = logits(model)
+    export_mixtral(model, tmp_path, max_shard_size="20KB")
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert type(loaded) is transformers.MixtralForCausalLM and not any(report.values())
+    assert relative_error(logits(loaded), expected.double()) < 1e-5
+    assert loaded.generation_config.max_new_tokens == 7 and not layers(loaded)
+    # Neither the model nor its config became another.
+    assert layers(model) == {name: layer for name, layer in swapped.items()}
+    assert bits_equal(logits(model), expected)
+
+
+def test_an_exported_mixtral_keeps_its_dtype(tmp_path):
+    model = make().bfloat16()
+    export_mixtral(model, tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert relative_error(logits(loaded).double(), logits(model).double()) < 0.05
+
+
+@pytest.mark.parametrize(
+    "options,text",
+    [
+        (dict(top_k=1), "routed_scaling_factor must be 1.0, got 4.0"),
+        (dict(score_function="sigmoid"), "got 'sigmoid' and True"),
+        (dict(bias=True), "bias must be False, got True"),
+        (dict(gate_bias=True), "gate_bias must be False"),
+        (dict(bias_update_rate=1e-3), "score_correction_bias must be False"),
+        (dict(shared_expert_intermediate_size=8), "shared_expert_intermediate_size must be 0"),
+        (dict(eval_capacity_factor=1.5), "eval_capacity_factor must be None, got 1.5"),
+        (dict(expert_capacity=3), "expert_capacity must be None, got 3"),
+        (dict(n_group=2, topk_group=1), "n_group must be 1, got 2"),
+        (dict(match="model.layers.1.mlp"), "layers.0.mlp must be a moe_ext.MoE.*got LlamaMLP"),
+    ],
+)
+def test_what_mixtral_cannot_hold(options, text, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        export_mixtral(make(**options), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options,text",
+    [
+        (dict(routed_scaling_factor=2.0), "routed_scaling_factor must be 1.0, got 2.0"),
+        (dict(norm_topk_prob=False), "must be 'softmax' with norm_topk_prob=True.* and False"),
+        (dict(limit=7.0), "limit must be None, got 7.0"),
+        (dict(alpha=1.7), "alpha must be 1.0, got 1.7"),
+        (dict(up_offset=1.0), "up_offset must be 0.0, got 1.0"),
+    ],
+)
+def test_what_mixtral_cannot_hold_of_fresh_experts(options, text, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        export_mixtral(make(upcycled=False, **options), tmp_path)
+
+
+def test_models_that_are_no_mixtral(tmp_path):
+    with pytest.raises(TypeError, match="LlamaForCausalLM, got GPT2LMHeadModel"):
+        export_mixtral(make("gpt2"), tmp_path)
+    with pytest.raises(ValueError, match="attention_bias must be False"):
+        export_mixtral(llama(attention_bias=True), tmp_path)
+    model = llama()
+    moe_ext.replace_ffn(model, 4, match="*.0.mlp")
+    moe_ext.replace_ffn(model, 6, match="*.1.mlp")
+    with pytest.raises(ValueError, match="1.mlp: num_experts must be that of all layers, 4, got 6"):
+        export_mixtral(model, tmp_path)

@@ -124,6 +124,15 @@ fault(
 )
 fault("what is dense again is built as an MoE", "    elif hasattr(config, KEY):", "    elif False:")
 
+fault = faults("moe_ext/integrations/transformers/mixtral.py", SAVING_TESTS)
+fault("what Mixtral lacks is exported", "if found[name] != value:", "if False:")
+fault("Mixtral's own default of experts", 'num_experts_per_tok=sizes["top_k"],', "")
+fault(
+    "its own defaults of the rest too",
+    "for name, value in llama.to_dict().items() if name in known}",
+    "for name, value in llama.to_dict().items() if name in known and name != 'rope_parameters'}",
+)
+
 # ---- routing health --------------------------------------------------------------------------
 
 fault = faults("moe_ext/integrations/transformers/health.py", "tests/integrations/test_health.py")

@@ -215,7 +215,13 @@ class MoE(nn.Module):
             hidden_size=size,
             intermediate_size=width,
             num_experts=num_experts,
-            activation=activation,
+            **ffn,
+            **layout,
+            gate_bias=gate_bias,
+            score_correction_bias=router["score_correction_bias"],
+            router_dtype=router_dtype,
+            shared_expert_intermediate_size=shared_size,
+            shared_expert_gate=shared_expert_gate,
             init_std=init_std,
         )
         self._capacity_ratios = {}

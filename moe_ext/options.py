@@ -6,6 +6,8 @@ construction; or it is refused.
     layer.num_experts = 4           # AttributeError: the parameters were made for it
 """
 
+import torch
+
 from ._checks import (
     DROP_POLICIES,
     check_flag,
@@ -93,7 +95,7 @@ CHANGEABLE = {
 
 def _fixed(name):
     def get(layer):
-        if name not in layer._options:
+        if name == "bias":  # who initialises a model takes that for a parameter
             raise AttributeError(name)
         return layer._options[name]
 
@@ -140,3 +142,20 @@ def with_options(cls):
     for name, option in _PROPERTIES.items():
         setattr(cls, name, option)
     return cls
+
+
+def arguments_of(layer):
+    """{name: value} of all that `MoE` was built with and has been set since, but device and dtype; JSON."""
+    dtype = layer.router_dtype
+    return {
+        **layer._options,
+        **layer._routing,
+        "router_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+    }
+
+
+def layer_of(cls, arguments):
+    """The `MoE` of what `arguments_of` gave, with fresh parameters."""
+    dtype = arguments["router_dtype"]
+    dtype = None if dtype is None else getattr(torch, dtype)
+    return cls(**{**arguments, "router_dtype": dtype})

@@ -1,6 +1,7 @@
 """From dense to sparse: one feed-forward network upcycled, or all those of a model replaced."""
 
 import fnmatch
+import sys
 import warnings
 
 import torch
@@ -137,6 +138,18 @@ def replace_ffn(model, num_experts=8, top_k=None, *, match=None, upcycled=True, 
         {name: MoE} of what was swapped. A module that stood in two places is the same
         `MoE` in both.
 
+    A model of transformers has its layers and their arguments in `model.config.moe_ext` from
+    then on, which `save_pretrained` writes. Loading builds them from it where moe_ext is there,
+    without which transformers fills dense FFNs at random and warns of keys that are MISSING:
+
+        import moe_ext.integrations.transformers    # before from_pretrained
+        model = AutoModelForCausalLM.from_pretrained(folder)
+
+    Any other model is built anew by the same call, and then loads its state_dict:
+
+        moe_ext.replace_ffn(model, 8, 2, upcycled=False)
+        model.load_state_dict(state_dict)
+
     Raises:
         ValueError: nothing was found, a module that `match` chose is no dense FFN, or an
             option is wrong; the model is then unchanged.
@@ -178,7 +191,27 @@ def replace_ffn(model, num_experts=8, top_k=None, *, match=None, upcycled=True, 
     for name, layer in places.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+    _record(model)
     return places
+
+
+def _record(model):
+    """What there is now, in the config of each model of transformers that is in it."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not any(
+        isinstance(module, modeling.PreTrainedModel) for module in model.modules()
+    ):
+        return
+    try:
+        from .integrations.transformers.saving import record
+    except ImportError as error:
+        warnings.warn(
+            "replace_ffn: the layers are not recorded in the model's config, so that from_pretrained"
+            f" will not build them: {error}",
+            stacklevel=3,
+        )
+        return
+    record(model)
 
 
 def _predicate(match):

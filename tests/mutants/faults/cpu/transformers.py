@@ -99,6 +99,40 @@ fault(
     "        _check(name, module, ours)\n        checkpoints.install()\n",
 )
 
+# ---- models of transformers with MoE layers: saved, loaded -----------------------------------
+
+SAVING_TESTS = "tests/integrations/test_saving.py"
+
+fault = faults("moe_ext/replace.py", SAVING_TESTS)
+fault("replaced, but not recorded", "    _record(model)\n    return places", "    return places")
+fault = faults("moe_ext/options.py", SAVING_TESTS)
+fault(
+    "the router's dtype is lost",
+    'cls(**{**arguments, "router_dtype": dtype})',
+    'cls(**{**arguments, "router_dtype": None})',
+)
+fault = faults("moe_ext/integrations/transformers/saving.py", SAVING_TESTS)
+fault(
+    "a model without its head has other names",
+    "in (name, name.removeprefix(prefix), prefix + name):",
+    "in (name, prefix + name):",
+)
+fault(
+    "what changed since replace_ffn is not saved",
+    "_first(record, PreTrainedModel.save_pretrained)",
+    "PreTrainedModel.save_pretrained",
+)
+fault("what is dense again is built as an MoE", "    elif hasattr(config, KEY):", "    elif False:")
+
+fault = faults("moe_ext/integrations/transformers/mixtral.py", SAVING_TESTS)
+fault("what Mixtral lacks is exported", "if found[name] != value:", "if False:")
+fault("Mixtral's own default of experts", 'num_experts_per_tok=sizes["top_k"],', "")
+fault(
+    "its own defaults of the rest too",
+    "for name, value in llama.to_dict().items() if name in known}",
+    "for name, value in llama.to_dict().items() if name in known and name != 'rope_parameters'}",
+)
+
 # ---- routing health --------------------------------------------------------------------------
 
 fault = faults("moe_ext/integrations/transformers/health.py", "tests/integrations/test_health.py")

@@ -70,6 +70,27 @@ def checkpoint(tmp_path, monkeypatch, **_):
     assert all(torch.equal(names["tensors"][name], t) for name, t in written.items())
 
 
+@around("export_mixtral")
+def upcycled(tmp_path, monkeypatch, **_):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=H, intermediate_size=I, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    dense = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.arange(20)[None]
+    expected = dense(ids).logits
+    monkeypatch.chdir(tmp_path)
+    names = dict(
+        moe_ext=moe_ext, llama=dense, AutoModelForCausalLM=transformers.AutoModelForCausalLM
+    )
+    yield names
+    mixtral = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "mixtral")
+    for model in (names["llama"], mixtral):
+        assert model is not dense
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 @around("functional.router_logits")
 def stages(**_):
     layer = make(num_experts=8, top_k=2, capacity_factor=None)

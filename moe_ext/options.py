@@ -6,6 +6,8 @@ construction; or it is refused.
     layer.num_experts = 4           # AttributeError: the parameters were made for it
 """
 
+import numbers
+
 import torch
 
 from ._checks import (
@@ -146,12 +148,16 @@ def with_options(cls):
 
 def arguments_of(layer):
     """{name: value} of all that `MoE` was built with and has been set since, but device and dtype; JSON."""
-    dtype = layer.router_dtype
-    return {
-        **layer._options,
-        **layer._routing,
-        "router_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-    }
+    arguments = {**layer._options, **layer._routing}
+    return {name: _as_json(value) for name, value in arguments.items()}
+
+
+def _as_json(value):
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, numbers.Real) and not isinstance(value, int):
+        return float(value)  # a Fraction, which a factor may be
+    return value
 
 
 def layer_of(cls, arguments):

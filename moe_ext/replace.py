@@ -139,8 +139,9 @@ def replace_ffn(model, num_experts=8, top_k=None, *, match=None, upcycled=True, 
         `MoE` in both.
 
     A model of transformers has its layers and their arguments in `model.config.moe_ext` from
-    then on, which `save_pretrained` writes. Loading builds them from it where moe_ext is there,
-    without which transformers fills dense FFNs at random and warns of keys that are MISSING:
+    then on, which `save_pretrained` writes, and whatever is built from that config has such
+    layers. So does what from_pretrained loads where moe_ext is imported; elsewhere transformers
+    fills dense FFNs at random, and warns of keys that are MISSING:
 
         import moe_ext.integrations.transformers    # before from_pretrained
         model = AutoModelForCausalLM.from_pretrained(folder)

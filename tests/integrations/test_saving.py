@@ -4,6 +4,7 @@ import copy
 import inspect
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -168,6 +169,13 @@ def test_every_argument_of_a_layer_is_recorded():
     assert arguments_of(MoE(8, 8)).keys() == arguments
     told = {"hidden_size", "activation", *(name for options in OPTIONS for name in options)}
     assert told == arguments  # and tried above
+
+
+@pytest.mark.parametrize("factor", [Fraction(3, 2), 2])
+def test_any_kind_of_number(factor, tmp_path):
+    model = make(capacity_factor=factor)
+    model.save_pretrained(tmp_path)
+    assert layers(load(model, tmp_path))["model.layers.0.mlp"].capacity_factor == factor
 
 
 def test_with_the_head_and_without(tmp_path):

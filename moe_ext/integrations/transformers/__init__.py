@@ -9,7 +9,8 @@
 Models with `MoE` layers (`moe_ext.replace_ffn`) save and load once this is imported: saving.py.
 An upcycled Llama becomes a Mixtral checkpoint: `export_mixtral(model, folder)`.
 Blocks outside of its registry (Switch, NLLB-MoE, DBRX, JetMoe, Llama 4, ...): `replace(model)`.
-In training: `RoutingHealth`, or `RoutingCallback` in a Trainer.
+In training: `RoutingHealth`, or `RoutingCallback` in a Trainer; one that resumes restores experts
+that transformers' own leaves at random: resuming.py.
 
 Proven with transformers 5.17.0 to 5.24.0, every MoE model of them: tests/integrations/results/conformance.md.
 Importing this package imports transformers; importing moe_ext does not.
@@ -19,7 +20,7 @@ from ._version import check_transformers
 
 check_transformers()
 
-from . import saving  # noqa: E402, F401
+from . import resuming, saving  # noqa: E402, F401
 from .blocks import replace, restore  # noqa: E402
 from .experts import register  # noqa: E402
 from .health import RoutingHealth  # noqa: E402

@@ -1,5 +1,6 @@
 """`MoE` layers in a model of transformers: its config says which, and its construction builds them.
 
+    import moe_ext.integrations.transformers
     moe_ext.replace_ffn(model, 8, 2)        # or: model.model.layers[3].mlp = MoE.from_dense(...)
     model.save_pretrained(folder)           # model.config.moe_ext: {module's name: its arguments}
     ...

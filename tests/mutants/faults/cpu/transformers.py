@@ -133,6 +133,27 @@ fault(
     "for name, value in llama.to_dict().items() if name in known and name != 'rope_parameters'}",
 )
 
+# ---- a Trainer that resumes ------------------------------------------------------------------
+
+fault = faults(
+    "moe_ext/integrations/transformers/resuming.py", "tests/integrations/test_resuming.py"
+)
+fault(
+    "experts stay at random",
+    "if renamed and isinstance(self.model, PreTrainedModel):",
+    "if False:",
+)
+fault(
+    "those of the best checkpoint too",
+    "_converting(Trainer._load_best_model)",
+    "Trainer._load_best_model",
+)
+fault("values just drawn count as loaded", " if name not in drawn}", "}")
+fault("float32 routers are rounded", "functools.reduce(torch.promote_types, dtypes)", "model.dtype")
+fault(
+    "a checkpoint without the experts passes", "if missing := set(", "if missing := set() and set("
+)
+
 # ---- routing health --------------------------------------------------------------------------
 
 fault = faults("moe_ext/integrations/transformers/health.py", "tests/integrations/test_health.py")

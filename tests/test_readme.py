@@ -45,6 +45,7 @@ def helpers(**_):
     yield names
     decays = [group["weight_decay"] for group in names["optimizer"].param_groups]
     assert decays == [0.1, 0.0]
+    assert {m.dim() for m in names["experts"]["params"]} == {2}
     experts = sum(p.numel() for p in block.experts.parameters())
     assert names["total"] - names["active"] == experts * 3 // 4
 

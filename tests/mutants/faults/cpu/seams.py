@@ -117,6 +117,12 @@ fault(
 fault = faults("moe_ext/parameters.py", "tests/test_parameters.py")
 fault("the experts' biases decay", ' or name.endswith("bias")', "")
 fault("routers decay", " or parameter in kept", "")
+fault("gate and up are one matrix", "parts = [slice(0, half), slice(half, None)]", "pass")
+fault(
+    "a matrix is that of the transposed expert",
+    "stack[expert].t() if transposed",
+    "stack[expert] if transposed",
+)
 fault("all experts are active", "m.top_k / m.num_experts", "1.0")
 fault = faults("moe_ext/flops.py", "tests/test_flops.py")
 fault("what is frozen costs FLOPs", " + up * wants_x + up * wants_up", " + 2 * up")

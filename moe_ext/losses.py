@@ -13,6 +13,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._checks import SCORE_FUNCTIONS, autocast_dtype, check_name, check_number, describe
 from .reference import accumulation_dtype, scores_of
@@ -207,6 +208,15 @@ def inject(route, present, scale, aux_coef, z_coef):
 
 
 _warned = set()
+_steps = 0  # of all optimizers; their fused kernels leave a weight's _version as it is
+
+
+def _count_step(*_):
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def warn_unscaled(x, layer):
@@ -218,16 +228,16 @@ def warn_unscaled(x, layer):
 
 
 def _accumulates(layer):
-    """Whether a gradient is there while the weight is still that of the last such forward.
+    """Whether a gradient is there and no step was taken since the last such forward.
 
     A loop that keeps gradients as zeros has a gradient too, but a step in between.
     """
     weight = next((p for p in layer.gate.parameters() if p.requires_grad), None)
     if weight is None:
         return False
-    before, layer._version_seen = layer._version_seen, weight._version
+    before, layer._step_seen = layer._step_seen, (weight._version, _steps)
     recomputed = torch._C._current_graph_task_id() != -1
-    return weight.grad is not None and weight._version == before and not recomputed
+    return weight.grad is not None and layer._step_seen == before and not recomputed
 
 
 def _warn_once(what, how):

@@ -256,7 +256,7 @@ class MoE(nn.Module):
         self.bias_update_rate = bias_update_rate
         self.loss_scale = torch.ones((), dtype=torch.float64, device=home(device))
         self._loss_scale_is_set = False
-        self._version_seen = None  # see losses.warn_unscaled
+        self._step_seen = None  # see losses.warn_unscaled
 
     @classmethod
     def from_dense(cls, ffn, num_experts=8, top_k=None, **options):
@@ -515,7 +515,7 @@ class MoE(nn.Module):
         self._stats.zero_()
         self.loss_scale.fill_(1.0)
         self._loss_scale_is_set = False
-        self._version_seen = None  # see losses.warn_unscaled
+        self._step_seen = None  # see losses.warn_unscaled
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -261,11 +261,12 @@ def test_accumulation_without_a_scale_warns_once(dtype, monkeypatch):
         moe_ext.set_loss_scale(told, 0.5)
         micro_batches(told)
         micro_batches(make(dtype=dtype, aux_loss_coef=0.0))
-        optimizer = torch.optim.SGD(plain.parameters())
-        for kept in (False, True, True):  # a step each
-            optimizer.zero_grad(set_to_none=not kept)
-            plain(x).sum().backward()
-            optimizer.step()
+        for fused in (False, True):
+            optimizer = torch.optim.SGD(plain.parameters(), fused=fused)
+            for kept in (False, True, True):  # a step each
+                optimizer.zero_grad(set_to_none=not kept)
+                plain(x).sum().backward()
+                optimizer.step()
     with pytest.warns(UserWarning, match="accumulating gradients .*set_loss_scale"):
         micro_batches(plain)
     with warnings.catch_warnings():

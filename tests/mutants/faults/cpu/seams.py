@@ -77,7 +77,7 @@ fault(
 )
 fault(
     "every step counts as accumulation",
-    "weight._version == before and not recomputed",
+    "layer._step_seen == before and not recomputed",
     "not recomputed",
 )
 fault(

@@ -1,4 +1,4 @@
-"""What the runs measured: the record of one run, the table, the verdict, the JSON file."""
+"""What the runs measured: the record of one run, the table, the verdicts, the JSON file."""
 
 import json
 import platform
@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 import moe_ext
+from comparison import RULE, Comparison
 
-LEVEL = 0.005  # nats per byte: a gap below it is within the noise of these runs
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Result:
     variant: str
     label: str
     seed: int
+    rate: float  # AdamW's, at its peak
     parameters_total: int
     parameters_active: int
     train_loss: list = field(default_factory=list)  # mean since the entry before
@@ -36,14 +38,36 @@ class Result:
     def final_loss(self):
         return self.validation_loss[-1][1]
 
+    def loss_at(self, share):
+        """The validation loss at a share of the steps, between its readings on a line."""
+        wanted = min(share, 1.0) * self.validation_loss[-1][0]
+        (step, loss), *later = self.validation_loss
+        for next_step, next_loss in later:
+            if wanted <= next_step:
+                return loss + (next_loss - loss) * max(0, wanted - step) / (next_step - step)
+            step, loss = next_step, next_loss
+        return loss
+
 
 def table(results):
-    rows = [("model", "seed", "val loss", "tokens/s", "parameters", "active", "drop first", "last")]
+    rows = [
+        (
+            "model",
+            "seed",
+            "rate",
+            "val loss",
+            "tokens/s",
+            "parameters",
+            "active",
+            "drop first",
+            "last",
+        )
+    ]
     for r in results:
         drops = [f"{r.drop_rate[i][1]:.1%}" for i in (0, -1)] if r.drop_rate else ["-", "-"]
         sizes = [f"{n:,}" for n in (r.tokens_per_second, r.parameters_total, r.parameters_active)]
         sizes[0] = f"{r.tokens_per_second:,.0f}"
-        rows.append((r.label, str(r.seed), f"{r.final_loss:.4f}", *sizes, *drops))
+        rows.append((r.label, str(r.seed), f"{r.rate:g}", f"{r.final_loss:.4f}", *sizes, *drops))
     return aligned(rows)
 
 
@@ -63,32 +87,81 @@ def readable(text):
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def verdict(results):
-    """Which model is ahead, in one honest sentence; None unless both ran."""
-    runs = {(r.variant, r.seed): r for r in results}
-    seeds = sorted(seed for name, seed in runs if name == "dense" and ("moe", seed) in runs)
-    if not seeds:
-        return None
-    pairs = [(runs["dense", seed], runs["moe", seed]) for seed in seeds]
-    gaps = [moe.final_loss - dense.final_loss for dense, moe in pairs]
-    # CPU time, not wall time: others may have used the machine during one of the two.
-    speeds = [moe.tokens_per_cpu_second / dense.tokens_per_cpu_second for dense, moe in pairs]
-    gap, speed = sum(gaps) / len(gaps), sum(speeds) / len(speeds)
-    standing = "ahead of" if gap < -LEVEL else "behind" if gap > LEVEL else "level with"
-    by_seed = f" (by seed: {', '.join(f'{g:+.4f}' for g in gaps)})" if len(gaps) > 1 else ""
+def verdicts(results):
+    """The MoE beside the dense model, and its parts beside the MoE: a sentence for each."""
+    runs = {}
+    for r in results:
+        runs.setdefault(r.variant, {})[r.seed] = r
+    sentences = []
+    for name in runs:
+        other = "dense" if name == "moe" else "moe"
+        seeds = sorted(runs[name].keys() & runs.get(other, {}).keys())
+        if name == "dense" or not seeds:
+            continue
+        ours, theirs = ([runs[n][seed] for seed in seeds] for n in (name, other))
+        sentences.append(standing(ours, theirs))
+        if name == "moe":
+            sentences.append(standing_at_equal_time(ours, theirs))
+    return [*sentences, RULE] if sentences else []
+
+
+def standing(ours, theirs):
+    comparison = Comparison([r.final_loss for r in ours], [r.final_loss for r in theirs])
     return (
-        f"The MoE is {standing} the dense model: {gap:+.4f} nats per byte{by_seed} after"
-        f" {pairs[0][0].validation_loss[-1][0]} steps at equal active parameters, and"
-        f" {speed:.2f} times its tokens per CPU second."
+        f"{ours[0].label} {comparison.standing} {theirs[0].label}: {comparison} after"
+        f" {ours[0].validation_loss[-1][0]} steps, at rates {ours[0].rate:g} and"
+        f" {theirs[0].rate:g}."
     )
+
+
+def standing_at_equal_time(ours, theirs):
+    """At the CPU seconds, not the seconds, of the others: what else runs would count in those."""
+    speeds = [a.tokens_per_cpu_second / b.tokens_per_cpu_second for a, b in zip(ours, theirs)]
+    speed = sum(speeds) / len(speeds)
+    comparison = Comparison([r.loss_at(speed) for r in ours], [r.final_loss for r in theirs])
+    stopped = f", {min(speed, 1):.0%} of its steps, its rate not yet down" if speed < 1 else ""
+    return (
+        f"In the CPU seconds of {theirs[0].label}{stopped}, {ours[0].label}"
+        f" {comparison.standing} it: {comparison}; it takes {speed:.2f} times the tokens per"
+        " CPU second."
+    )
+
+
+# ---- learning rates ----------------------------------------------------------
+
+
+def losses_by_rate(results):
+    """{variant: {learning rate: validation loss}}."""
+    losses = {}
+    for r in results:
+        losses.setdefault(r.variant, {})[r.rate] = r.final_loss
+    return losses
+
+
+def best_rates(losses):
+    """{variant: the learning rate of its lowest loss}."""
+    return {name: min(of_rate, key=of_rate.get) for name, of_rate in losses.items()}
+
+
+def read_sweep(path):
+    """What a results.json of --sweep says of the rates; it goes into those of the runs."""
+    if not path.exists():
+        raise FileNotFoundError(f"--rates: no such file: {path}")
+    content = json.loads(path.read_text())
+    losses = losses_by_rate(Result(**r) for r in content["results"])
+    if missing := {"dense", "moe"} - losses.keys():
+        raise ValueError(f"--rates: {path} lacks {', '.join(sorted(missing))}")
+    return {"commit": content["commit"], "settings": content["settings"], "losses": losses}
 
 
 # ---- results.json ------------------------------------------------------------
 
 
-def save(path, results, settings):
-    """Provenance, settings and every run's curves; one line a run."""
-    head = {**provenance(), "settings": settings, "verdict": verdict(results)}
+def save(path, results, settings, sweep):
+    """Provenance, settings, rates, verdicts and every run's curves; one line a run."""
+    head = {
+        **provenance(), "settings": settings, "sweep": sweep, "verdicts": verdicts(results)
+    }  # fmt: skip
     runs = ",\n".join(json.dumps(_rounded(asdict(r)), separators=(",", ":")) for r in results)
     text = json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{runs}\n]}}\n'
     partial = path.with_suffix(".partial")
@@ -97,14 +170,13 @@ def save(path, results, settings):
 
 
 def load(path, settings):
-    """The finished runs that an interrupted command with the same settings left behind."""
+    """The runs that an interrupted command with the same settings left behind."""
     if not path.exists():
         return []
     content = json.loads(path.read_text())
     if content["settings"] != settings:
         raise ValueError(f"--resume: {path} has runs with other settings; choose another --out")
-    results = [Result(**r) for r in content["results"]]
-    return [r for r in results if r.validation_loss[-1][0] == settings["steps"]]
+    return [Result(**r) for r in content["results"]]
 
 
 def _rounded(value):
@@ -126,7 +198,7 @@ def provenance():
         "command": " ".join(["python", "examples/train_lm.py", *arguments]),
         "commit": commit + changed,
         "processor": _processor(),
-        "threads": torch.get_num_threads(),
+        "threads": 1,  # of a run
         "python": platform.python_version(),
         "torch": torch.__version__,
         "moe_ext": moe_ext.__version__,

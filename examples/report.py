@@ -87,44 +87,52 @@ def readable(text):
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def verdicts(results):
-    """The MoE beside the dense model, and its parts beside the MoE: a sentence for each."""
+def compared(results):
+    """[(title, Comparison, sentence)]: the MoE beside the dense model, its parts beside the MoE."""
     runs = {}
     for r in results:
         runs.setdefault(r.variant, {})[r.seed] = r
-    sentences = []
+    rows = []
     for name in runs:
         other = "dense" if name == "moe" else "moe"
         seeds = sorted(runs[name].keys() & runs.get(other, {}).keys())
         if name == "dense" or not seeds:
             continue
         ours, theirs = ([runs[n][seed] for seed in seeds] for n in (name, other))
-        sentences.append(standing(ours, theirs))
+        rows.append(after_equal_steps(ours, theirs))
         if name == "moe":
-            sentences.append(standing_at_equal_time(ours, theirs))
-    return [*sentences, RULE] if sentences else []
+            rows.append(after_equal_time(ours, theirs))
+    return rows
 
 
-def standing(ours, theirs):
+def after_equal_steps(ours, theirs):
+    we, they = ours[0], theirs[0]
     comparison = Comparison([r.final_loss for r in ours], [r.final_loss for r in theirs])
-    return (
-        f"{ours[0].label} {comparison.standing} {theirs[0].label}: {comparison} after"
-        f" {ours[0].validation_loss[-1][0]} steps, at rates {ours[0].rate:g} and"
-        f" {theirs[0].rate:g}."
+    sentence = (
+        f"{we.label} {comparison.standing} {they.label}: {comparison} after"
+        f" {we.validation_loss[-1][0]} steps, at rates {we.rate:g} and {they.rate:g}."
     )
+    return f"{we.label} − {they.label}", comparison, sentence
 
 
-def standing_at_equal_time(ours, theirs):
-    """At the CPU seconds, not the seconds, of the others: what else runs would count in those."""
+def after_equal_time(ours, theirs):
+    """Of CPU, which other users of the machine do not stretch as they do the clock's."""
+    we, they = ours[0], theirs[0]
     speeds = [a.tokens_per_cpu_second / b.tokens_per_cpu_second for a, b in zip(ours, theirs)]
     speed = sum(speeds) / len(speeds)
     comparison = Comparison([r.loss_at(speed) for r in ours], [r.final_loss for r in theirs])
-    stopped = f", {min(speed, 1):.0%} of its steps, its rate not yet down" if speed < 1 else ""
-    return (
-        f"In the CPU seconds of {theirs[0].label}{stopped}, {ours[0].label}"
-        f" {comparison.standing} it: {comparison}; it takes {speed:.2f} times the tokens per"
-        " CPU second."
+    stopped = f", {speed:.0%} of its steps, its rate not yet down" if speed < 1 else ""
+    sentence = (
+        f"In the CPU seconds of {they.label}{stopped}, {we.label} {comparison.standing} it:"
+        f" {comparison}; it takes {speed:.2f} times the tokens per CPU second."
     )
+    return f"{we.label} − {they.label},\nequal CPU seconds", comparison, sentence
+
+
+def verdicts(results):
+    """The sentences of `compared`, and the rule behind them."""
+    sentences = [sentence for _, _, sentence in compared(results)]
+    return [*sentences, RULE] if sentences else []
 
 
 # ---- learning rates ----------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ pytest.importorskip("tqdm")
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
+import publish_study  # noqa: E402
 import train_lm as script  # noqa: E402
 from comparison import Comparison  # noqa: E402
 from data import load_corpus  # noqa: E402
@@ -204,6 +206,34 @@ def test_bad_arguments_are_refused_with_a_reason(tmp_path, capsys):
         script.main(["--data", str(tmp_path / "missing")])
 
 
+def test_a_study_s_section_has_its_verdicts_and_the_sweep_s_lowest_losses(study, sweep):
+    content = json.loads((study[1] / "results.json").read_text())
+    text = publish_study.section("parts", content)
+    assert f"at {content['commit']}: " in text and content["verdicts"][-1] in text
+    assert all(f"\n- {verdict}\n" in text for verdict in content["verdicts"][:-1])
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert {line.count("|") for line in rows} == {publish_study.COLUMNS.count("|") + 2}
+    assert len(rows) == 2 + len(script.VARIANTS)
+
+    text = publish_study.section("sweep", json.loads(sweep.read_text()))
+    for name, label in (("dense", "dense"), ("moe", "MoE")):
+        lowest = min(content["sweep"]["losses"][name].values())
+        row = next(line for line in text.splitlines() if line.startswith(f"| {label}, "))
+        assert row.count("**") == 2 and f"**{lowest:.4f}**" in row
+
+
+def test_published_studies_name_commits_of_this_history():
+    shallow = subprocess.run(
+        ("git", "rev-parse", "--is-shallow-repository"), cwd=ROOT, capture_output=True, text=True
+    )
+    if shallow.stdout.strip() != "false":
+        pytest.skip("this is no repository, or one without its history")
+    files = sorted((ROOT / "benchmarks" / "results").glob("study_*.json"))
+    commits = {file.name: json.loads(file.read_text())["commit"] for file in files}
+    assert commits and all(map(publish_study.in_history, commits.values())), commits
+    assert not publish_study.in_history("0123456")
+
+
 FINETUNE = (
     "--steps 6 --finetune-steps 6 --batch-size 4 --context 32 --width 32 --heads 2 --layers 2"
     " --expert-width 32 --experts 4 --rank 2 --validation-windows 8 --sample-bytes 8 --quiet"
@@ -221,6 +251,7 @@ def test_finetuning(corpus, tmp_path):
         assert (tmp_path / name).stat().st_size > 0
     assert "trained from scratch" in process.stdout
     assert "with LoRA, rank 2" in process.stdout
+    assert re.search(r"moe_ext keeps \d+% of the bytes, in \d+% of the CPU", process.stdout)
     assert "merged copy" not in process.stderr  # of what adapters go the other way for
 
 

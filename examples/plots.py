@@ -17,6 +17,16 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
 
 def draw(results, folder):
     """Writes the pictures that the results allow into `folder`; their paths."""
+    paths = []
+    for name, figure in pictures(results).items():
+        figure.savefig(folder / name, dpi=110)
+        plt.close(figure)
+        paths.append(folder / name)
+    return paths
+
+
+def pictures(results):
+    """{file name: figure}."""
     plt.rcParams.update(STYLE)
     groups = {}
     for r in results:
@@ -25,17 +35,12 @@ def draw(results, folder):
         name: dict(label=runs[0].label, color=COLOURS[i % 7], marker=MARKERS[i % 7], markersize=4)
         for i, (name, runs) in enumerate(groups.items())
     }
-    pictures = {"loss.png": losses(groups, looks, compared(results))}
+    figures = {"loss.png": losses(groups, looks, compared(results))}
     routed = {name: runs for name, runs in groups.items() if runs[0].load}
     if routed:
-        pictures["load.png"] = load_heatmaps([runs[0] for runs in routed.values()])
-        pictures["routing.png"] = drop_and_entropy(routed, looks)
-    paths = []
-    for name, figure in pictures.items():
-        figure.savefig(folder / name, dpi=110)
-        plt.close(figure)
-        paths.append(folder / name)
-    return paths
+        figures["load.png"] = load_heatmaps([runs[0] for runs in routed.values()])
+        figures["routing.png"] = drop_and_entropy(routed, looks)
+    return figures
 
 
 def mean_curve(runs, series):

@@ -1,5 +1,6 @@
 """The main job at a toy size: it runs end to end, says what is wrong, and repeats itself."""
 
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ pytest.importorskip("tqdm")
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
+import plots  # noqa: E402
 import publish_study  # noqa: E402
 import train_lm as script  # noqa: E402
 from comparison import Comparison  # noqa: E402
@@ -204,6 +206,25 @@ def test_bad_arguments_are_refused_with_a_reason(tmp_path, capsys):
         assert refused.value.code == 2 and reason in capsys.readouterr().err
     with pytest.raises(SystemExit, match="^train_lm.py: --data: no such file or folder: .*missing"):
         script.main(["--data", str(tmp_path / "missing")])
+
+
+def test_pictures_can_be_read(study):
+    """No two labels of an axis overlap, no two runs look alike, the scale begins below the start."""
+    content = json.loads((study[1] / "results.json").read_text())
+    for figure in plots.pictures([Result(**r) for r in content["results"]]).values():
+        figure.draw_without_rendering()
+        for axis in figure.axes:
+            for axis_labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+                boxes = [label.get_window_extent() for label in axis_labels if label.get_text()]
+                assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+            named = [x for x in axis.get_lines() if not x.get_label().startswith("_")]
+            for looks in ({x.get_color() for x in named}, {x.get_marker() for x in named}):
+                assert len(looks) == len(named)
+            assert axis.get_legend() or not named
+        if figure.axes[0].get_title().startswith("Validation loss"):
+            first = max(r["validation_loss"][0][1] for r in content["results"])
+            assert figure.axes[0].get_ylim()[1] < first
+        plots.plt.close(figure)
 
 
 def test_a_study_s_section_has_its_verdicts_and_the_sweep_s_lowest_losses(study, sweep):

@@ -9,9 +9,9 @@ import numpy as np  # noqa: E402
 
 from report import compared  # noqa: E402
 
-# Okabe and Ito's, which colour-blind readers can tell apart, without their yellow.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "os^vDPX"
+# Okabe and Ito's, which colour-blind readers can tell apart, grey for their yellow.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+MARKERS = "os^vDPX*"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
 
 
@@ -32,7 +32,7 @@ def pictures(results):
     for r in results:
         groups.setdefault(r.variant, []).append(r)
     looks = {
-        name: dict(label=runs[0].label, color=COLOURS[i % 7], marker=MARKERS[i % 7], markersize=4)
+        name: dict(label=runs[0].label, color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4)
         for i, (name, runs) in enumerate(groups.items())
     }
     figures = {"loss.png": losses(groups, looks, compared(results))}
@@ -172,7 +172,7 @@ def draw_finetuning(texts, routing, entropy, path):
     for axis, text, moment, curve in zip(axes[rows], texts, moments, entropy):
         steps = [step for step, _ in curve]
         for layer, values in enumerate(zip(*(values for _, values in curve))):
-            axis.plot(steps, values, color=COLOURS[layer % 7], label=f"layer {layer + 1}")
+            axis.plot(steps, values, color=COLOURS[layer % 8], label=f"layer {layer + 1}")
         axis.set(title=f"while {moment} {text}", xlabel="step", ylabel="entropy of the load")
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)

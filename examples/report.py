@@ -38,15 +38,9 @@ class Result:
     def final_loss(self):
         return self.validation_loss[-1][1]
 
-    def loss_at(self, share):
-        """The validation loss at a share of the steps, between its readings on a line."""
-        wanted = min(share, 1.0) * self.validation_loss[-1][0]
-        (step, loss), *later = self.validation_loss
-        for next_step, next_loss in later:
-            if wanted <= next_step:
-                return loss + (next_loss - loss) * max(0, wanted - step) / (next_step - step)
-            step, loss = next_step, next_loss
-        return loss
+    @property
+    def steps(self):
+        return self.validation_loss[-1][0]
 
 
 def table(results):
@@ -94,39 +88,25 @@ def compared(results):
         runs.setdefault(r.variant, {})[r.seed] = r
     rows = []
     for name in runs:
-        other = "dense" if name == "moe" else "moe"
+        other = "dense" if name in ("moe", "moe_equal_time") else "moe"
         seeds = sorted(runs[name].keys() & runs.get(other, {}).keys())
-        if name == "dense" or not seeds:
-            continue
-        ours, theirs = ([runs[n][seed] for seed in seeds] for n in (name, other))
-        rows.append(after_equal_steps(ours, theirs))
-        if name == "moe":
-            rows.append(after_equal_time(ours, theirs))
+        if name != "dense" and seeds:
+            rows.append(compare(*([runs[n][seed] for seed in seeds] for n in (name, other))))
     return rows
 
 
-def after_equal_steps(ours, theirs):
+def compare(ours, theirs):
     we, they = ours[0], theirs[0]
     comparison = Comparison([r.final_loss for r in ours], [r.final_loss for r in theirs])
+    # Of CPU seconds, which other users of the machine do not stretch as they do the clock's.
+    speeds = [a.tokens_per_cpu_second / b.tokens_per_cpu_second for a, b in zip(ours, theirs)]
+    steps = f"{we.steps} steps" + (f" and {they.steps}" if they.steps != we.steps else "")
     sentence = (
-        f"{we.label} {comparison.standing} {they.label}: {comparison} after"
-        f" {we.validation_loss[-1][0]} steps, at rates {we.rate:g} and {they.rate:g}."
+        f"{we.label} {comparison.standing} {they.label}: {comparison} after {steps}, at rates"
+        f" {we.rate:g} and {they.rate:g}; it takes {sum(speeds) / len(speeds):.2f} times the"
+        " tokens per CPU second."
     )
     return f"{we.label} − {they.label}", comparison, sentence
-
-
-def after_equal_time(ours, theirs):
-    """Of CPU, which other users of the machine do not stretch as they do the clock's."""
-    we, they = ours[0], theirs[0]
-    speeds = [a.tokens_per_cpu_second / b.tokens_per_cpu_second for a, b in zip(ours, theirs)]
-    speed = sum(speeds) / len(speeds)
-    comparison = Comparison([r.loss_at(speed) for r in ours], [r.final_loss for r in theirs])
-    stopped = f", {speed:.0%} of its steps, its rate not yet down" if speed < 1 else ""
-    sentence = (
-        f"In the CPU seconds of {they.label}{stopped}, {we.label} {comparison.standing} it:"
-        f" {comparison}; it takes {speed:.2f} times the tokens per CPU second."
-    )
-    return f"{we.label} − {they.label},\nequal CPU seconds", comparison, sentence
 
 
 def verdicts(results):
@@ -152,14 +132,20 @@ def best_rates(losses):
 
 
 def read_sweep(path):
-    """What a results.json of --sweep says of the rates; it goes into those of the runs."""
+    """What a results.json of --sweep says of rates and speeds; it goes into those of the runs."""
     if not path.exists():
         raise FileNotFoundError(f"--rates: no such file: {path}")
     content = json.loads(path.read_text())
-    losses = losses_by_rate(Result(**r) for r in content["results"])
+    results = [Result(**r) for r in content["results"]]
+    losses, speeds = losses_by_rate(results), {}
+    for r in results:  # what else the machine did only made it slower
+        speeds[r.variant] = max(r.tokens_per_cpu_second, speeds.get(r.variant, 0))
     if missing := {"dense", "moe"} - losses.keys():
         raise ValueError(f"--rates: {path} lacks {', '.join(sorted(missing))}")
-    return {"commit": content["commit"], "settings": content["settings"], "losses": losses}
+    return {
+        "commit": content["commit"], "settings": content["settings"], "losses": losses,
+        "tokens_per_cpu_second": speeds,
+    }  # fmt: skip
 
 
 # ---- results.json ------------------------------------------------------------

@@ -107,15 +107,20 @@ def check(p, args):
     args.runs = list(VARIANTS) if args.study else args.runs.split(",") if args.runs else DEMO
     if unknown := [name for name in args.runs if name not in VARIANTS]:
         p.error(f"--runs: unknown {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
+    if "moe_equal_time" in args.runs and (args.sweep or args.lr):
+        p.error("moe_equal_time goes by the speeds of a sweep, which neither --sweep nor --lr has")
 
 
-def planned(args, best):
-    """The runs that the arguments ask for: (variant, seed, learning rate)."""
+def planned(args, best, speeds):
+    """The runs that the arguments ask for: (variant, seed, learning rate, steps)."""
     if args.sweep:
-        return [(name, SWEEP_SEED, rate) for name in args.runs for rate in RATES]
+        return [(name, SWEEP_SEED, rate, args.steps) for name in args.runs for rate in RATES]
+    steps = dict.fromkeys(args.runs, args.steps)
+    if "moe_equal_time" in steps:
+        steps["moe_equal_time"] = round(args.steps * min(1, speeds["moe"] / speeds["dense"]))
     seeds = range(args.seed, args.seed + args.seeds)
     # The parts are about the MoE, and take its rate.
-    return [(n, seed, best.get(n, best["moe"])) for seed in seeds for n in args.runs]
+    return [(n, seed, best.get(n, best["moe"]), steps[n]) for seed in seeds for n in args.runs]
 
 
 def train_all(runs, args):
@@ -150,8 +155,9 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         sys.exit(f"train_lm.py: {error}")
 
-    done = {(r.variant, r.seed, r.rate) for r in results}
-    runs = [run for run in planned(args, best) if run not in done]
+    done = {(r.variant, r.seed, r.rate, r.steps) for r in results}
+    speeds = sweep["tokens_per_cpu_second"] if sweep else {}
+    runs = [run for run in planned(args, best, speeds) if run not in done]
     megabytes = args.steps * args.batch_size * args.context / 1e6
     print(f"Text: {corpus.description}. A run: {args.steps} steps over {megabytes:.1f} MB of it.")
     if runs:

@@ -26,10 +26,13 @@ class Variant:
 
 MOE = dict(capacity_factor=None, aux_loss_coef=0.01)
 LOSS_FREE = dict(score_function="sigmoid", bias_update_rate=0.002, aux_loss_coef=0.0)
-# All after `moe` differ from it in one thing.
+# All after `moe` differ from it in one thing; `moe_equal_time`, in train_lm.py, in its steps.
 VARIANTS = {
     "dense": Variant("dense", "the model to beat"),
     "moe": Variant("MoE", "balance loss 0.01, no capacity limit", MOE),
+    "moe_equal_time": Variant(
+        "MoE in equal time", "as many steps as take the dense model's CPU seconds", MOE
+    ),
     "unbalanced": Variant(
         "no balance loss", "nothing balances the experts", MOE | dict(aux_loss_coef=0.0)
     ),
@@ -72,7 +75,7 @@ def start_process(lock, places):
     place = places.get()  # its line on the terminal
 
 
-def train(name, seed, rate, args):
+def train(name, seed, rate, steps, args):
     """The Result of one run. The seed fixes weights, batches and losses."""
     variant = VARIANTS[name]
     corpus = load_corpus(args.data, args.context)
@@ -82,17 +85,17 @@ def train(name, seed, rate, args):
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, fused=True
     )
-    warmup = max(1, min(100, args.steps // 8))
+    warmup = max(1, min(100, steps // 8))
     batches = torch.Generator().manual_seed(seed)
-    record_every, validate_every = max(1, args.steps // 100), max(1, args.steps // 20)
+    record_every, validate_every = max(1, steps // 100), max(1, steps // 20)
     seconds, cpu_seconds, losses = 0.0, 0.0, []
 
     label = f"{variant.label}, rate {rate:g}, seed {seed}"
-    bar = tqdm(total=args.steps, desc=label, unit="step", disable=args.quiet, position=place)
-    for step in range(1, args.steps + 1):
+    bar = tqdm(total=steps, desc=label, unit="step", disable=args.quiet, position=place)
+    for step in range(1, steps + 1):
         started, cpu_started = time.perf_counter(), time.process_time()
         for group in optimizer.param_groups:  # a linear warm-up, then linearly down to 5 %
-            decay = 1 - 0.95 * (step - 1) / args.steps
+            decay = 1 - 0.95 * (step - 1) / steps
             group["lr"] = rate * min(1.0, step / warmup) * decay
         inputs, targets = corpus.batch(args.batch_size, args.context, batches)
         optimizer.zero_grad()
@@ -107,14 +110,14 @@ def train(name, seed, rate, args):
 
         if not math.isfinite(losses[-1]):
             raise RuntimeError(f"{label}: the loss is {losses[-1]} at step {step}; lower --lr")
-        if step % record_every == 0 or step == args.steps:
+        if step % record_every == 0 or step == steps:
             result.train_loss.append((step, sum(losses) / len(losses)))
             losses.clear()
             record_routing(model, step, result)
         tokens = step * args.batch_size * args.context
         result.tokens_per_second = tokens / seconds
         result.tokens_per_cpu_second = tokens / cpu_seconds
-        if step % validate_every == 0 or step == args.steps:
+        if step % validate_every == 0 or step == steps:
             result.validation_loss.append((step, validation_loss(model, corpus, args)))
         bar.set_postfix_str(describe(result), refresh=False)
         bar.update()

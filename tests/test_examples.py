@@ -93,7 +93,7 @@ def test_every_run_is_recorded(study):
         assert all(0 < loss < 8 for _, loss in r["validation_loss"] + r["train_loss"])
         assert r["parameters_active"] <= r["parameters_total"] and r["tokens_per_second"] > 0
         if name != "dense":
-            assert len(r["load"]) == len(r["drop_rate"]) == len(r["entropy"]) == 6
+            assert len(r["load"]) == len(r["drop_rate"]) == len(r["entropy"]) <= 6
             for _, layers in r["load"]:
                 assert [sum(shares) for shares in layers] == pytest.approx([1, 1], abs=1e-4)
     dense, moe = results["dense"], results["moe"]
@@ -112,6 +112,12 @@ def test_each_model_takes_the_best_rate_of_the_sweep(study, sweep):
         best = float(min(of_rate, key=of_rate.get))
         assert {r["rate"] for r in content["results"] if r["variant"] == name} == {best}
     assert {r["seed"] for r in json.loads(sweep.read_text())["results"]} == {script.SWEEP_SEED}
+
+
+def test_as_long_means_as_many_steps_as_take_the_dense_model_s_time():
+    args = script.parse(["--runs", "dense,moe_equal_time", "--seeds", "1", "--steps", "1000"])
+    runs = script.planned(args, {"dense": 1e-3, "moe": 2e-3}, {"dense": 50.0, "moe": 40.0})
+    assert runs == [("dense", 0, 1e-3, 1000), ("moe_equal_time", 0, 2e-3, 800)]
 
 
 def test_a_sweep_without_one_of_the_models_is_refused(sweep, tmp_path):
@@ -143,16 +149,14 @@ def test_a_sweep_without_one_of_the_models_is_refused(sweep, tmp_path):
 def test_the_verdict_takes_the_seeds_spread_for_its_measure(moe, dense, standing):
     assert Comparison(moe, dense).standing == standing
     runs = [
-        Result(name, label, seed, 1e-3, 1, 1, validation_loss=[(5, 2.0), (10, loss)],
+        Result(name, label, seed, 1e-3, 1, 1, validation_loss=[(10, loss)],
                tokens_per_cpu_second=speed)
         for name, label, losses, speed in (("dense", "dense", dense, 10), ("moe", "MoE", moe, 8))
         for seed, loss in enumerate(losses)
     ]  # fmt: skip
-    at_equal_steps, at_equal_time, rule = verdicts(runs)
-    assert at_equal_steps.startswith(f"MoE {standing} dense:") and "95 %" in rule
-    # Four fifths of the tokens a second: step 8, three fifths of the way from 2.0 to its end.
-    gap = sum(2.0 + 0.6 * (a - 2.0) - b for a, b in zip(moe, dense)) / len(moe)
-    assert f"{gap:+.4f}" in at_equal_time and "80% of its steps" in at_equal_time
+    sentence, rule = verdicts(runs)
+    assert sentence.startswith(f"MoE {standing} dense:") and "95 %" in rule
+    assert "after 10 steps" in sentence and "0.80 times the tokens per CPU second" in sentence
 
 
 def test_the_margin_is_student_s():
@@ -200,6 +204,7 @@ def test_bad_arguments_are_refused_with_a_reason(tmp_path, capsys):
         ("--lr nan", "--lr must be positive"),
         ("--runs dense,sparse", "unknown sparse; known: dense, moe"),
         ("--study --runs dense", "either it or --runs"),
+        ("--study --lr 1e-3", "moe_equal_time goes by the speeds of a sweep"),
     ):
         with pytest.raises(SystemExit) as refused:
             script.parse(arguments.split())

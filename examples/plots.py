@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 from report import compared  # noqa: E402
+from training import VARIANTS  # noqa: E402
 
 # Okabe and Ito's, which colour-blind readers can tell apart, grey for their yellow.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
@@ -32,9 +33,9 @@ def pictures(results):
     for r in results:
         groups.setdefault(r.variant, []).append(r)
     looks = {
-        name: dict(label=runs[0].label, color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4)
-        for i, (name, runs) in enumerate(groups.items())
-    }
+        name: dict(label=variant.label, color=colour, marker=marker, markersize=4)
+        for (name, variant), colour, marker in zip(VARIANTS.items(), COLOURS, MARKERS, strict=True)
+    }  # a variant's are the same in every picture
     figures = {"loss.png": losses(groups, looks, compared(results))}
     routed = {name: runs for name, runs in groups.items() if runs[0].load}
     if routed:

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from comparison import RULE
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- study: written by examples/publish_study.py -->", "<!-- /study -->"
@@ -40,7 +42,7 @@ def main(arguments):
         text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    readme.write_text(before + "\n\n".join([BEGIN, *sections, END]) + after)
+    readme.write_text(before + "\n\n".join([BEGIN, RULE, *sections, END]) + after)
 
 
 def in_history(commit):
@@ -63,8 +65,7 @@ def section(name, content):
     ]
     if s["rates"] == "all of the sweep":
         return "\n\n".join([*lines, sweep_table(content["results"])])
-    *verdicts, rule = content["verdicts"]
-    lines.append("\n".join(f"- {verdict}" for verdict in verdicts) + f"\n\n{rule}")
+    lines.append("\n".join(f"- {verdict}" for verdict in content["verdicts"] if verdict != RULE))
     rule = " | ".join("---" if i == 0 else "---:" for i in range(COLUMNS.count("|") + 1))
     lines.append("\n".join([f"| {COLUMNS} |", f"| {rule} |", *map(row, runs.values())]))
     lines.append(f"![Losses and their differences](benchmarks/results/study_{name}_loss.png)")

@@ -103,8 +103,8 @@ def compare(ours, theirs):
     steps = f"{we.steps} steps" + (f" and {they.steps}" if they.steps != we.steps else "")
     sentence = (
         f"{we.label} {comparison.standing} {they.label}: {comparison} after {steps}, at rates"
-        f" {we.rate:g} and {they.rate:g}; it takes {sum(speeds) / len(speeds):.2f} times the"
-        " tokens per CPU second."
+        f" {we.rate:g} and {they.rate:g}; it trains on {sum(speeds) / len(speeds):.2f} times"
+        " the tokens per CPU second."
     )
     return f"{we.label} − {they.label}", comparison, sentence
 

@@ -7,29 +7,41 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-COLOURS = plt.get_cmap("tab10").colors
+from report import compared  # noqa: E402
+from training import VARIANTS  # noqa: E402
+
+# Okabe and Ito's, which colour-blind readers can tell apart, grey for their yellow.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+MARKERS = "os^vDPX*"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
 
 
 def draw(results, folder):
     """Writes the pictures that the results allow into `folder`; their paths."""
-    plt.rcParams.update(STYLE)
-    groups = {}
-    for r in results:
-        groups.setdefault(r.variant, []).append(r)
-    labels = {name: runs[0].label for name, runs in groups.items()}
-    colours = {name: COLOURS[i] for i, name in enumerate(groups)}
-    pictures = {"loss.png": loss_curves(groups, labels, colours)}
-    routed = {name: runs for name, runs in groups.items() if runs[0].load}
-    if routed:
-        pictures["load.png"] = load_heatmaps(routed, labels)
-        pictures["routing.png"] = drop_and_entropy(routed, labels, colours)
     paths = []
-    for name, figure in pictures.items():
+    for name, figure in pictures(results).items():
         figure.savefig(folder / name, dpi=110)
         plt.close(figure)
         paths.append(folder / name)
     return paths
+
+
+def pictures(results):
+    """{file name: figure}."""
+    plt.rcParams.update(STYLE)
+    groups = {}
+    for r in results:
+        groups.setdefault(r.variant, []).append(r)
+    looks = {
+        name: dict(label=variant.label, color=colour, marker=marker, markersize=4)
+        for (name, variant), colour, marker in zip(VARIANTS.items(), COLOURS, MARKERS, strict=True)
+    }  # a variant's are the same in every picture
+    figures = {"loss.png": losses(groups, looks, compared(results))}
+    routed = {name: runs for name, runs in groups.items() if runs[0].load}
+    if routed:
+        figures["load.png"] = load_heatmaps([runs[0] for runs in routed.values()])
+        figures["routing.png"] = drop_and_entropy(routed, looks)
+    return figures
 
 
 def mean_curve(runs, series):
@@ -38,55 +50,57 @@ def mean_curve(runs, series):
     return curves[0, :, 0], curves[:, :, 1].mean(0)
 
 
-def loss_curves(groups, labels, colours):
-    """Left: the whole training. Right: the validation losses at its end, seed by seed."""
+def losses(groups, looks, rows):
+    """Left: the validation losses over the steps. Right: the differences at the end."""
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained"
+        1, 2, figsize=(11, max(3.8, 1.6 + 0.55 * len(rows))), layout="constrained"
     )
+    # Before a quarter of the steps all fall alike, and would flatten what follows.
+    first = len(next(iter(groups.values()))[0].validation_loss) // 4
     for name, runs in groups.items():
-        steps, loss = mean_curve(runs, "train_loss")
-        left.plot(steps, loss, color=colours[name], linewidth=0.8, alpha=0.4)
         steps, loss = mean_curve(runs, "validation_loss")
-        left.plot(steps, loss, color=colours[name], marker="o", markersize=3.5, label=labels[name])
-    left.set(
-        xlabel="step", ylabel="loss (nats per byte)", title="Training (faint) and validation loss"
-    )
-    left.set_yscale("log")
-    left.yaxis.set_major_formatter("{x:.1f}")
-    left.yaxis.set_minor_formatter("{x:.1f}")
-    left.grid(alpha=0.25, which="both")
+        left.plot(steps[first:], loss[first:], linewidth=1.2, **looks[name])
+    left.grid(alpha=0.25)
     left.legend(frameon=False)
-
-    # Where training begins says nothing, and would flatten all that follows.
-    left.set_ylim(top=1.1 * max(r.validation_loss[0][1] for runs in groups.values() for r in runs))
-
-    for place, (name, runs) in enumerate(groups.items()):
-        final = [r.final_loss for r in runs]
-        mean = sum(final) / len(final)
-        right.plot(final, [place] * len(final), "o", color=colours[name], alpha=0.6)
-        right.plot(mean, place, "|", color=colours[name], markersize=20, markeredgewidth=2)
-        right.annotate(
-            f"{mean:.3f}", (mean, place), xytext=(0, 12), textcoords="offset points", ha="center"
-        )
-    right.set_yticks(range(len(groups)), [labels[name] for name in groups])
-    right.set_ylim(len(groups) - 0.5, -0.7)
-    right.margins(x=0.15)
-    right.grid(alpha=0.25, axis="x")
-    right.set(xlabel="nats per byte (dots: seeds)", title="Validation loss at the end")
+    left.set(xlabel="step", ylabel="nats per byte", title="Validation loss, mean of the seeds")
+    differences(right, rows)
     return figure
 
 
-def load_heatmaps(routed, labels):
+def differences(axis, rows):
+    """Of every comparison the seeds, their mean and its 95 % interval, beside 0."""
+    for place, (_, comparison, _) in enumerate(rows):
+        n = len(comparison.differences)
+        axis.plot(
+            comparison.differences, [place] * n, "o", markerfacecolor="none", color=COLOURS[0],
+            label="a seed" if place == 0 else None,
+        )  # fmt: skip
+        axis.errorbar(
+            comparison.mean, place + 0.2, xerr=comparison.margin if n > 1 else None, fmt="D",
+            markersize=5, capsize=4, color=COLOURS[1],
+            label="mean, 95 % interval" if place == 0 else None,
+        )  # fmt: skip
+    axis.axvline(0, color="0.5", linewidth=1)
+    axis.set_yticks(range(len(rows)), [title for title, _, _ in rows])
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.xaxis.set_major_locator(plt.MaxNLocator(5))
+    axis.margins(x=0.1)
+    axis.grid(alpha=0.25, axis="x")
+    axis.set(xlabel="nats per byte (below 0: the first is better)", title="Difference at the end")
+    if rows:
+        axis.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+
+
+def load_heatmaps(results):
     """One row a run, one column a layer; a cell is an expert's load over its fair share."""
-    layers = len(routed[next(iter(routed))][0].load[0][1])
-    rows = len(routed)
+    rows, layers = len(results), len(results[0].load[0][1])
     figure, axes = plt.subplots(
         rows, layers, figsize=(max(7, 4.4 * layers), 1.1 + 1.9 * rows), squeeze=False,
         sharex=True, sharey=True, layout="constrained",
     )  # fmt: skip
-    for row, (name, runs) in zip(axes, routed.items()):
-        steps = [step for step, _ in runs[0].load]
-        load = np.array([shares for _, shares in runs[0].load])  # (time, layers, experts)
+    for row, result in zip(axes, results):
+        steps = [step for step, _ in result.load]
+        load = np.array([shares for _, shares in result.load])  # (time, layers, experts)
         experts = load.shape[-1]
         for layer, axis in enumerate(row):
             axis.grid(False)
@@ -94,7 +108,7 @@ def load_heatmaps(routed, labels):
                 load[:, layer].T * experts, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2,
                 extent=(0, steps[-1], experts - 0.5, -0.5), interpolation="nearest",
             )  # fmt: skip
-            axis.set_title(f"{labels[name]}, layer {layer + 1}", fontsize=10)
+            axis.set_title(f"{result.label}, seed {result.seed}, layer {layer + 1}", fontsize=10)
             axis.set_yticks(range(0, experts, max(1, experts // 8)))
         row[0].set_ylabel("expert")
     for axis in axes[-1]:
@@ -104,23 +118,30 @@ def load_heatmaps(routed, labels):
     return figure
 
 
-def drop_and_entropy(routed, labels, colours):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+def drop_and_entropy(routed, looks):
+    """The drop rate of those that may drop, the entropy of all."""
+    limited = {n: runs for n, runs in routed.items() if any(drop for _, drop in runs[0].drop_rate)}
+    figure, axes = plt.subplots(
+        1, 2 if limited else 1, figsize=(11 if limited else 6, 3.8), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    *left, right = axes[0]
+    for axis in left:
+        for name, runs in limited.items():
+            steps, drop = mean_curve(runs, "drop_rate")
+            axis.plot(steps, 100 * drop, markevery=10, **looks[name])
+        axis.set_ylim(bottom=0)
+        axis.set(xlabel="step", ylabel="dropped assignments (%)", title="Drop rate, mean of layers")
     for name, runs in routed.items():
-        steps, drop = mean_curve(runs, "drop_rate")
-        left.plot(steps, 100 * drop, color=colours[name], label=labels[name])
-        steps, entropy = mean_curve(runs, "entropy")
-        right.plot(steps, entropy, color=colours[name], label=labels[name])
-    left.set(xlabel="step", ylabel="dropped assignments (%)", title="Drop rate, mean of the layers")
-    left.set_ylim(bottom=0)
+        right.plot(*mean_curve(runs, "entropy"), markevery=10, **looks[name])
     right.set_ylim(min(0.9, right.get_ylim()[0]), 1.005)  # below 0.9 begins the collapse
     right.set(
         xlabel="step", ylabel="entropy / log(experts)",
         title="Entropy of the mean routing (1: all experts alike)",
     )  # fmt: skip
-    for axis in (left, right):
+    for axis in axes[0]:
         axis.grid(alpha=0.25)
-    right.legend(frameon=False)
+        axis.legend(frameon=False)
     return figure
 
 
@@ -152,7 +173,7 @@ def draw_finetuning(texts, routing, entropy, path):
     for axis, text, moment, curve in zip(axes[rows], texts, moments, entropy):
         steps = [step for step, _ in curve]
         for layer, values in enumerate(zip(*(values for _, values in curve))):
-            axis.plot(steps, values, color=COLOURS[layer % 10], label=f"layer {layer + 1}")
+            axis.plot(steps, values, color=COLOURS[layer % 8], label=f"layer {layer + 1}")
         axis.set(title=f"while {moment} {text}", xlabel="step", ylabel="entropy of the load")
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)

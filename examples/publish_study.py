@@ -1,30 +1,37 @@
 """Puts finished runs of train_lm.py into benchmarks/results/ and the README's study section.
 
-python examples/train_lm.py --steps 1200 --seeds 2 --out runs/study
-python examples/train_lm.py --steps 600 --study --out runs/parts
-python examples/publish_study.py dense_vs_moe=runs/study parts=runs/parts
+python examples/train_lm.py --sweep --out runs/sweep
+python examples/publish_study.py sweep=runs/sweep      # from now on the runs take its rates
+python examples/train_lm.py --out runs/demo
+python examples/train_lm.py --study --out runs/parts
+python examples/publish_study.py dense_vs_moe=runs/demo parts=runs/parts sweep=runs/sweep
 """
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+
+from comparison import RULE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- study: written by examples/publish_study.py -->", "<!-- /study -->"
 COLUMNS = (
-    "run | validation loss | parameters | active | tokens per CPU second | dropped, first to last |"
-    " entropy at the end | busiest expert"
+    "run | rate | validation loss | parameters | active | tokens per CPU second |"
+    " dropped, first to last | entropy at the end | busiest expert"
 )
 
 
 def main(arguments):
     studies = dict(argument.split("=", 1) for argument in arguments)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     sections = []
     for name, folder in studies.items():
         content = json.loads((Path(folder) / "results.json").read_text())
-        RESULTS.mkdir(parents=True, exist_ok=True)
+        if not in_history(content["commit"]):
+            sys.exit(f"publish_study.py: {folder}: no commit of this history: {content['commit']}")
         shutil.copy(Path(folder) / "results.json", RESULTS / f"study_{name}.json")
         for picture in Path(folder).glob("*.png"):
             shutil.copy(picture, RESULTS / f"study_{name}_{picture.name}")
@@ -35,7 +42,13 @@ def main(arguments):
         text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    readme.write_text(before + "\n\n".join([BEGIN, *sections, END]) + after)
+    readme.write_text(before + "\n\n".join([BEGIN, RULE, *sections, END]) + after)
+
+
+def in_history(commit):
+    """Whether others can get the sources that ran: not of "+changes", nor of a branch left behind."""
+    command = ("git", "merge-base", "--is-ancestor", commit, "HEAD")
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
 def section(name, content):
@@ -45,21 +58,33 @@ def section(name, content):
     for r in content["results"]:
         runs.setdefault(r["variant"], []).append(r)
     megabytes = s["steps"] * s["batch-size"] * s["context"] / 1e6
-    widths = f"width {s['width']}, dense FFN {s['ffn-width']}"
-    experts = f"{s['experts']} experts, top {s['top-k']}, shared expert {s['shared-width']}"
     lines = [
-        f"`{content['command']}`: {s['layers']} layers, {widths}; MoE: {experts};"
-        f" {s['steps']} steps over {megabytes:.1f} MB of {s['data']}.",
+        f"`{content['command']}` at {content['commit']}: {s['layers']} layers, width {s['width']},"
+        f" dense FFN {s['ffn-width']}; MoE: {s['experts']} experts, top {s['top-k']};"
+        f" {s['steps']} steps over {megabytes:.1f} MB of {s['data']}."
     ]
-    if content["verdict"]:
-        # Wall-clock speeds say little on a shared machine; the table has CPU time.
-        lines.append(f"**{content['verdict'].split(', and ')[0]}.**")
+    if s["rates"] == "all of the sweep":
+        return "\n\n".join([*lines, sweep_table(content["results"])])
+    lines.append("\n".join(f"- {verdict}" for verdict in content["verdicts"] if verdict != RULE))
     rule = " | ".join("---" if i == 0 else "---:" for i in range(COLUMNS.count("|") + 1))
     lines.append("\n".join([f"| {COLUMNS} |", f"| {rule} |", *map(row, runs.values())]))
-    lines.append(f"![Loss curves](benchmarks/results/study_{name}_loss.png)")
-    if any(r["load"] for r in content["results"]):
-        lines.append(f"![Expert load over steps](benchmarks/results/study_{name}_load.png)")
+    lines.append(f"![Losses and their differences](benchmarks/results/study_{name}_loss.png)")
+    lines.append(f"![Expert load over steps](benchmarks/results/study_{name}_load.png)")
+    lines.append(f"![Drops and entropy over steps](benchmarks/results/study_{name}_routing.png)")
     return "\n\n".join(lines)
+
+
+def sweep_table(results):
+    """One row a model, one column a learning rate; the lowest loss is bold."""
+    rates = sorted({r["rate"] for r in results})
+    rows = [f"| validation loss at rate | {' | '.join(f'{rate:g}' for rate in rates)} |"]
+    rows.append("| --- |" + " ---: |" * len(rates))
+    for label in dict.fromkeys(r["label"] for r in results):
+        losses = {r["rate"]: r["validation_loss"][-1][1] for r in results if r["label"] == label}
+        low = min(losses.values())
+        cells = [f"**{x:.4f}**" if x == low else f"{x:.4f}" for x in map(losses.get, rates)]
+        rows.append(f"| {label}, seed {results[0]['seed']} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def row(runs):
@@ -83,8 +108,8 @@ def row(runs):
             f"{busiest:.1f} × its fair share",
         ]
     cells = [
-        first["label"], loss, f"{first['parameters_total']:,}", f"{first['parameters_active']:,}",
-        f"{speed:,.0f}", *routed,
+        first["label"], f"{first['rate']:g}", loss, f"{first['parameters_total']:,}",
+        f"{first['parameters_active']:,}", f"{speed:,.0f}", *routed,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

@@ -1,4 +1,4 @@
-"""What the runs measured: the record of one run, the table, the verdict, the JSON file."""
+"""What the runs measured: the record of one run, the table, the verdicts, the JSON file."""
 
 import json
 import platform
@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 import moe_ext
+from comparison import RULE, Comparison
 
-LEVEL = 0.005  # nats per byte: a gap below it is within the noise of these runs
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Result:
     variant: str
     label: str
     seed: int
+    rate: float  # AdamW's, at its peak
     parameters_total: int
     parameters_active: int
     train_loss: list = field(default_factory=list)  # mean since the entry before
@@ -36,14 +38,30 @@ class Result:
     def final_loss(self):
         return self.validation_loss[-1][1]
 
+    @property
+    def steps(self):
+        return self.validation_loss[-1][0]
+
 
 def table(results):
-    rows = [("model", "seed", "val loss", "tokens/s", "parameters", "active", "drop first", "last")]
+    rows = [
+        (
+            "model",
+            "seed",
+            "rate",
+            "val loss",
+            "tokens/s",
+            "parameters",
+            "active",
+            "drop first",
+            "last",
+        )
+    ]
     for r in results:
         drops = [f"{r.drop_rate[i][1]:.1%}" for i in (0, -1)] if r.drop_rate else ["-", "-"]
         sizes = [f"{n:,}" for n in (r.tokens_per_second, r.parameters_total, r.parameters_active)]
         sizes[0] = f"{r.tokens_per_second:,.0f}"
-        rows.append((r.label, str(r.seed), f"{r.final_loss:.4f}", *sizes, *drops))
+        rows.append((r.label, str(r.seed), f"{r.rate:g}", f"{r.final_loss:.4f}", *sizes, *drops))
     return aligned(rows)
 
 
@@ -63,32 +81,81 @@ def readable(text):
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def verdict(results):
-    """Which model is ahead, in one honest sentence; None unless both ran."""
-    runs = {(r.variant, r.seed): r for r in results}
-    seeds = sorted(seed for name, seed in runs if name == "dense" and ("moe", seed) in runs)
-    if not seeds:
-        return None
-    pairs = [(runs["dense", seed], runs["moe", seed]) for seed in seeds]
-    gaps = [moe.final_loss - dense.final_loss for dense, moe in pairs]
-    # CPU time, not wall time: others may have used the machine during one of the two.
-    speeds = [moe.tokens_per_cpu_second / dense.tokens_per_cpu_second for dense, moe in pairs]
-    gap, speed = sum(gaps) / len(gaps), sum(speeds) / len(speeds)
-    standing = "ahead of" if gap < -LEVEL else "behind" if gap > LEVEL else "level with"
-    by_seed = f" (by seed: {', '.join(f'{g:+.4f}' for g in gaps)})" if len(gaps) > 1 else ""
-    return (
-        f"The MoE is {standing} the dense model: {gap:+.4f} nats per byte{by_seed} after"
-        f" {pairs[0][0].validation_loss[-1][0]} steps at equal active parameters, and"
-        f" {speed:.2f} times its tokens per CPU second."
+def compared(results):
+    """[(title, Comparison, sentence)]: the MoE beside the dense model, its parts beside the MoE."""
+    runs = {}
+    for r in results:
+        runs.setdefault(r.variant, {})[r.seed] = r
+    rows = []
+    for name in runs:
+        other = "dense" if name in ("moe", "moe_equal_time") else "moe"
+        seeds = sorted(runs[name].keys() & runs.get(other, {}).keys())
+        if name != "dense" and seeds:
+            rows.append(compare(*([runs[n][seed] for seed in seeds] for n in (name, other))))
+    return rows
+
+
+def compare(ours, theirs):
+    we, they = ours[0], theirs[0]
+    comparison = Comparison([r.final_loss for r in ours], [r.final_loss for r in theirs])
+    # Of CPU seconds, which other users of the machine do not stretch as they do the clock's.
+    speeds = [a.tokens_per_cpu_second / b.tokens_per_cpu_second for a, b in zip(ours, theirs)]
+    steps = f"{we.steps} steps" + (f" and {they.steps}" if they.steps != we.steps else "")
+    sentence = (
+        f"{we.label} {comparison.standing} {they.label}: {comparison} after {steps}, at rates"
+        f" {we.rate:g} and {they.rate:g}; it trains on {sum(speeds) / len(speeds):.2f} times"
+        " the tokens per CPU second."
     )
+    return f"{we.label} − {they.label}", comparison, sentence
+
+
+def verdicts(results):
+    """The sentences of `compared`, and the rule behind them."""
+    sentences = [sentence for _, _, sentence in compared(results)]
+    return [*sentences, RULE] if sentences else []
+
+
+# ---- learning rates ----------------------------------------------------------
+
+
+def losses_by_rate(results):
+    """{variant: {learning rate: validation loss}}."""
+    losses = {}
+    for r in results:
+        losses.setdefault(r.variant, {})[r.rate] = r.final_loss
+    return losses
+
+
+def best_rates(losses):
+    """{variant: the learning rate of its lowest loss}."""
+    return {name: min(of_rate, key=of_rate.get) for name, of_rate in losses.items()}
+
+
+def read_sweep(path):
+    """What a results.json of --sweep says of rates and speeds; it goes into those of the runs."""
+    if not path.exists():
+        raise FileNotFoundError(f"--rates: no such file: {path}")
+    content = json.loads(path.read_text())
+    results = [Result(**r) for r in content["results"]]
+    losses, speeds = losses_by_rate(results), {}
+    for r in results:  # what else the machine did only made it slower
+        speeds[r.variant] = max(r.tokens_per_cpu_second, speeds.get(r.variant, 0))
+    if missing := {"dense", "moe"} - losses.keys():
+        raise ValueError(f"--rates: {path} lacks {', '.join(sorted(missing))}")
+    return {
+        "commit": content["commit"], "settings": content["settings"], "losses": losses,
+        "tokens_per_cpu_second": speeds,
+    }  # fmt: skip
 
 
 # ---- results.json ------------------------------------------------------------
 
 
-def save(path, results, settings):
-    """Provenance, settings and every run's curves; one line a run."""
-    head = {**provenance(), "settings": settings, "verdict": verdict(results)}
+def save(path, results, settings, sweep):
+    """Provenance, settings, rates, verdicts and every run's curves; one line a run."""
+    head = {
+        **provenance(), "settings": settings, "sweep": sweep, "verdicts": verdicts(results)
+    }  # fmt: skip
     runs = ",\n".join(json.dumps(_rounded(asdict(r)), separators=(",", ":")) for r in results)
     text = json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{runs}\n]}}\n'
     partial = path.with_suffix(".partial")
@@ -97,14 +164,13 @@ def save(path, results, settings):
 
 
 def load(path, settings):
-    """The finished runs that an interrupted command with the same settings left behind."""
+    """The runs that an interrupted command with the same settings left behind."""
     if not path.exists():
         return []
     content = json.loads(path.read_text())
     if content["settings"] != settings:
         raise ValueError(f"--resume: {path} has runs with other settings; choose another --out")
-    results = [Result(**r) for r in content["results"]]
-    return [r for r in results if r.validation_loss[-1][0] == settings["steps"]]
+    return [Result(**r) for r in content["results"]]
 
 
 def _rounded(value):
@@ -126,7 +192,7 @@ def provenance():
         "command": " ".join(["python", "examples/train_lm.py", *arguments]),
         "commit": commit + changed,
         "processor": _processor(),
-        "threads": torch.get_num_threads(),
+        "threads": 1,  # of a run
         "python": platform.python_version(),
         "torch": torch.__version__,
         "moe_ext": moe_ext.__version__,

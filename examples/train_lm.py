@@ -2,168 +2,45 @@
 
     python examples/train_lm.py                    # dense beside MoE at equal active parameters
     python examples/train_lm.py --data my_texts/   # on your own text
-    python examples/train_lm.py --study            # and the runs that show why the parts exist
+    python examples/train_lm.py --study            # and the runs that show what the parts do
+    python examples/train_lm.py --sweep --out runs/sweep       # the rates that the runs take
 
-Every run sees the same batches in the same order. The results come as a table,
-as runs/results.json, and as pictures in runs/. Runs of --study:
+Every seed's runs see the same batches in the same order, each model at its best learning
+rate of a recorded sweep. The results come as a table, as runs/results.json, and as pictures
+in runs/. Runs of --study:
 
 """
 
 import argparse
 import math
+import multiprocessing
+import os
 import sys
-import time
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
-import moe_ext
 import plots
 from data import load_corpus
-from model import SwiGLU, Transformer
-from report import Result, load, readable, save, table, verdict
+from report import (
+    ROOT,
+    best_rates,
+    load,
+    losses_by_rate,
+    read_sweep,
+    save,
+    table,
+    verdicts,
+)
+from training import VARIANTS, start_process, train
 
-
-@dataclass
-class Variant:
-    """One way to build the feed-forward; `moe` (arguments of MoE) is None for the dense one."""
-
-    label: str
-    shows: str
-    moe: dict | None = None
-
-
-# Drops in token order are causal: no later token can displace an earlier one.
-MOE = dict(capacity_factor=1.25, aux_loss_coef=0.01, drop_policy="token")
-DROPLESS = MOE | dict(capacity_factor=None)
-LOSS_FREE = dict(score_function="sigmoid", bias_update_rate=0.002, aux_loss_coef=0.0)
-VARIANTS = {
-    "dense": Variant("dense", "the model to beat"),
-    "moe": Variant("MoE", "balance loss 0.01, capacity factor 1.25", MOE),
-    "unbalanced": Variant(
-        "no balance loss", "some experts take most tokens", DROPLESS | dict(aux_loss_coef=0.0)
-    ),
-    "loss_free": Variant(
-        "loss-free balancing", "a bias on the choice balances instead", DROPLESS | LOSS_FREE
-    ),
-    "capacity_1": Variant("capacity 1.0", "no slack: more drops", MOE | dict(capacity_factor=1.0)),
-    "capacity_2": Variant("capacity 2.0", "ample: few drops", MOE | dict(capacity_factor=2.0)),
-    "dropless": Variant("dropless", "no limit, no drops", DROPLESS),
-}
 DEMO = ["dense", "moe"]
-
-
-def build_model(variant, args):
-    def make_ffn():
-        if variant.moe is None:
-            return SwiGLU(args.width, args.ffn_width)
-        # The shared expert and top_k routed ones are together as wide as the dense FFN.
-        return moe_ext.MoE(
-            args.width,
-            (args.ffn_width - args.shared_width) // args.top_k,
-            num_experts=args.experts,
-            top_k=args.top_k,
-            shared_expert_intermediate_size=args.shared_width,
-            **variant.moe,
-        )
-
-    return Transformer(args.width, args.layers, args.heads, args.context, make_ffn)
-
-
-def train(name, seed, corpus, args, keep):
-    """One run: the model and its Result. The seed fixes weights, batches and losses.
-
-    `keep(result)` is called after every validation, so that a cut loses little.
-    """
-    variant = VARIANTS[name]
-    torch.manual_seed(seed)
-    model = build_model(variant, args)
-    result = Result(name, variant.label, seed, *model.parameters_total_and_active())
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
-    warmup = max(1, min(100, args.steps // 8))
-    batches = torch.Generator().manual_seed(seed)
-    record_every, validate_every = max(1, args.steps // 100), max(1, args.steps // 10)
-    seconds, cpu_seconds, losses = 0.0, 0.0, []
-
-    bar = tqdm(
-        total=args.steps, desc=f"{variant.label}, seed {seed}", unit="step", disable=args.quiet
-    )
-    for step in range(1, args.steps + 1):
-        started, cpu_started = time.perf_counter(), time.process_time()
-        for group in optimizer.param_groups:  # a linear warm-up, then linearly down to 5 %
-            decay = 1 - 0.95 * (step - 1) / args.steps
-            group["lr"] = args.lr * min(1.0, step / warmup) * decay
-        inputs, targets = corpus.batch(args.batch_size, args.context, batches)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()  # here the layers add the gradient of their balance losses
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        moe_ext.update_router_biases(model)  # of the layers that balance without a loss
-        losses.append(loss.item())
-        seconds += time.perf_counter() - started
-        cpu_seconds += time.process_time() - cpu_started
-
-        if not math.isfinite(losses[-1]):
-            raise RuntimeError(
-                f"{variant.label}: the loss is {losses[-1]} at step {step}; lower --lr"
-            )
-        if step % record_every == 0 or step == args.steps:
-            result.train_loss.append((step, sum(losses) / len(losses)))
-            losses.clear()
-            record_routing(model, step, result)
-        if step % validate_every == 0 or step == args.steps:
-            result.validation_loss.append((step, validation_loss(model, corpus, args)))
-        tokens = step * args.batch_size * args.context
-        result.tokens_per_second = tokens / seconds
-        result.tokens_per_cpu_second = tokens / cpu_seconds
-        if result.validation_loss and result.validation_loss[-1][0] == step:
-            keep(result)
-        bar.set_postfix_str(describe(result), refresh=False)
-        bar.update()
-    bar.close()
-    return model, result
-
-
-def record_routing(model, step, result):
-    """What the layers' routers did since the last reading."""
-    stats = [layer.stats(reset=True) for layer in model.moe_layers()]
-    if stats:
-        result.drop_rate.append((step, sum(s["drop_rate"] for s in stats) / len(stats)))
-        result.entropy.append((step, sum(s["entropy"] for s in stats) / len(stats)))
-        result.load.append((step, [(s["load"] / s["load"].sum()).tolist() for s in stats]))
-
-
-@torch.no_grad()
-def validation_loss(model, corpus, args):
-    model.eval()  # an MoE layer drops nothing in eval mode
-    total = count = 0
-    batches = corpus.validation_batches(args.validation_windows, args.batch_size, args.context)
-    for inputs, targets in batches:
-        logits = model(inputs)
-        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-        count += targets.numel()
-    model.train()
-    for layer in model.moe_layers():
-        layer.stats(reset=True)  # the curves are about training
-    return total / count
-
-
-def describe(result):
-    """The progress bar's right end."""
-    parts = [f"{result.tokens_per_second:,.0f} tokens/s"]
-    if result.train_loss:
-        parts.insert(0, f"loss {result.train_loss[-1][1]:.3f}")
-    if result.load:
-        parts.append(f"drop {result.drop_rate[-1][1]:.1%}, entropy {result.entropy[-1][1]:.3f}")
-    return ", ".join(parts)
+RATES = [2e-3, 4e-3, 8e-3, 16e-3]
+SWEEP_SEED = 1000  # rates are chosen on a seed that no comparison sees
+SWEEP = ROOT / "benchmarks" / "results" / "study_sweep.json"
 
 
 def parse(argv=None):
-    runs = "\n".join(f"    {name:12}{v.label}: {v.shows}" for name, v in VARIANTS.items())
+    runs = "\n".join(f"    {name:14}{v.label}: {v.shows}" for name, v in VARIANTS.items())
     p = argparse.ArgumentParser(
         description=__doc__.rstrip() + "\n" + runs,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -171,30 +48,35 @@ def parse(argv=None):
     p.add_argument("--data", metavar="FILE_OR_FOLDER", help="default: Python's standard library")
     p.add_argument("--out", metavar="FOLDER", default="runs", help="for results.json and pictures")
     p.add_argument("--study", action="store_true", help="all runs, not only dense and moe")
+    p.add_argument("--sweep", action="store_true", help=f"at each of the rates {RATES}")
     p.add_argument("--runs", metavar="A,B", help="these runs only")
     p.add_argument("--resume", action="store_true", help="keep the runs that --out already has")
-    p.add_argument("--seed", type=int, default=0, help="of weights and batches (0)")
-    p.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds for each run (1)")
+    p.add_argument("--seed", type=int, default=0, help="the first one, of weights and batches (0)")
+    p.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds for each run (3)")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N",
+                   help="runs side by side, a thread each (one a core)")  # fmt: skip
     p.add_argument("--quiet", action="store_true", help="no progress bars")
     p.add_argument("--sample-bytes", type=int, default=400, metavar="N", help="0: no sample (400)")
+    rates = p.add_mutually_exclusive_group()
+    rates.add_argument("--lr", type=float, help="AdamW's peak learning rate, of all runs")
+    rates.add_argument("--rates", metavar="RESULTS_JSON", type=Path, default=SWEEP,
+                       help="default: a sweep's results, whose best rates the runs take")  # fmt: skip
     sizes = p.add_argument_group("sizes")
     for name, (default, text) in SIZES.items():
         sizes.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    sizes.add_argument("--lr", type=float, default=4e-3, help="AdamW's peak learning rate (4e-3)")
     args = p.parse_args(argv)
     check(p, args)
     return args
 
 
 SIZES = {
-    "steps": (600, "optimizer steps of each run"),
+    "steps": (1000, "optimizer steps of each run"),
     "batch-size": (16, "sequences a step"),
-    "context": (256, "bytes a sequence"),
-    "width": (96, "hidden size"),
+    "context": (128, "bytes a sequence"),
+    "width": (64, "hidden size"),
     "layers": (2, "blocks"),
-    "heads": (3, "attention heads"),
+    "heads": (2, "attention heads"),
     "ffn-width": (256, "of the dense FFN; what a token's experts add up to"),
-    "shared-width": (128, "of the shared expert, which takes every token"),
     "experts": (16, "routed experts a layer"),
     "top-k": (2, "routed experts a token"),
     "validation-windows": (256, "sequences to validate on"),
@@ -203,29 +85,58 @@ SIZES = {
 
 def check(p, args):
     """Says what is wrong with the arguments, as argparse does."""
-    for name in ["seeds", *SIZES]:
-        value = getattr(args, name.replace("-", "_"))
-        if value < (0 if name == "shared-width" else 1):
+    for name in ["seeds", "jobs", *SIZES]:
+        if (value := getattr(args, name.replace("-", "_"))) < 1:
             p.error(f"--{name} must be positive, got {value}")
     if args.width % (2 * args.heads):
         p.error(f"--width must be a multiple of 2 x --heads, got {args.width} and {args.heads}")
     if args.top_k > args.experts:
         p.error(f"--top-k must be at most --experts, got {args.top_k} of {args.experts}")
-    routed = args.ffn_width - args.shared_width
-    if routed < 1 or routed % args.top_k:
+    if args.ffn_width % (2 * args.top_k):
         p.error(
-            "--ffn-width minus --shared-width must be a positive multiple of --top-k, got"
-            f" {args.ffn_width} - {args.shared_width} and {args.top_k}"
+            f"--ffn-width must be a multiple of 2 x --top-k, got {args.ffn_width} and {args.top_k}"
         )
-    if not (0 < args.lr < math.inf):
+    if args.lr is not None and not (0 < args.lr < math.inf):
         p.error(f"--lr must be positive, got {args.lr}")
     if args.sample_bytes < 0:
         p.error(f"--sample-bytes must be 0 or more, got {args.sample_bytes}")
     if args.study and args.runs:
         p.error("--study means all runs: give either it or --runs")
+    if args.sweep and args.lr:
+        p.error("--sweep has its own rates: give either it or --lr")
     args.runs = list(VARIANTS) if args.study else args.runs.split(",") if args.runs else DEMO
     if unknown := [name for name in args.runs if name not in VARIANTS]:
         p.error(f"--runs: unknown {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
+    if "moe_equal_time" in args.runs and (args.sweep or args.lr):
+        p.error("moe_equal_time goes by the speeds of a sweep, which neither --sweep nor --lr has")
+
+
+def planned(args, best, speeds):
+    """The runs that the arguments ask for: (variant, seed, learning rate, steps)."""
+    if args.sweep:
+        return [(name, SWEEP_SEED, rate, args.steps) for name in args.runs for rate in RATES]
+    steps = dict.fromkeys(args.runs, args.steps)
+    if "moe_equal_time" in steps:
+        steps["moe_equal_time"] = round(args.steps * min(1, speeds["moe"] / speeds["dense"]))
+    seeds = range(args.seed, args.seed + args.seeds)
+    # The parts are about the MoE, and take its rate.
+    return [(n, seed, best.get(n, best["moe"]), steps[n]) for seed in seeds for n in args.runs]
+
+
+def train_all(runs, args):
+    """Yields the runs' Results as they end, --jobs of them side by side."""
+    context = multiprocessing.get_context("spawn")
+    places = context.Queue()
+    jobs = min(args.jobs, len(runs))
+    for place in range(jobs):
+        places.put(place)
+    with ProcessPoolExecutor(jobs, context, start_process, (context.RLock(), places)) as pool:
+        try:
+            for ended in as_completed([pool.submit(train, *run, args) for run in runs]):
+                yield ended.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def main(argv=None):
@@ -234,34 +145,35 @@ def main(argv=None):
     path = out / "results.json"
     try:
         corpus = load_corpus(args.data, args.context)
-        settings = {k: getattr(args, k.replace("-", "_")) for k in [*SIZES, "lr"]}
+        settings = {k: getattr(args, k.replace("-", "_")) for k in SIZES}
         settings |= {"data": corpus.description, "data_digest": corpus.digest}
+        sweep = None if args.sweep or args.lr else read_sweep(args.rates)
+        best = best_rates(sweep["losses"]) if sweep else {"moe": args.lr}
+        settings["rates"] = "all of the sweep" if args.sweep else best
         results = load(path, settings) if args.resume else []
         out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         sys.exit(f"train_lm.py: {error}")
 
-    done = {(r.variant, r.seed) for r in results}
+    done = {(r.variant, r.seed, r.rate, r.steps) for r in results}
+    speeds = sweep["tokens_per_cpu_second"] if sweep else {}
+    runs = [run for run in planned(args, best, speeds) if run not in done]
     megabytes = args.steps * args.batch_size * args.context / 1e6
     print(f"Text: {corpus.description}. A run: {args.steps} steps over {megabytes:.1f} MB of it.")
-    for seed in range(args.seed, args.seed + args.seeds):
-        for name in args.runs:
-            if (name, seed) in done:
-                continue
-            model, result = train(
-                name, seed, corpus, args, lambda r: save(path, [*results, r], settings)
-            )
-            sample = model.generate(b"def ", args.sample_bytes)
-            result.sample = readable(sample)
+    if runs:
+        for result in train_all(runs, args):
             results.append(result)
-            results.sort(key=lambda r: (list(VARIANTS).index(r.variant), r.seed))
-            save(path, results, settings)
+            results.sort(key=lambda r: (list(VARIANTS).index(r.variant), r.seed, r.rate))
+            save(path, results, settings, sweep)
 
     print("\n" + table(results))
-    if verdict(results):
-        print("\n" + verdict(results))
+    if args.sweep:
+        print(f"\nBest rates: {best_rates(losses_by_rate(results))}\n\nwrote {path}")
+        return
+    for sentence in verdicts(results):
+        print("\n" + sentence)
     for r in results:
-        if r.variant in ("dense", "moe") and r.seed == args.seed and args.sample_bytes:
+        if r.variant in DEMO and r.seed == args.seed and args.sample_bytes:
             print(f"\n---- what the {r.label} model writes " + "-" * 40 + f"\n{r.sample}")
     print()
     for file in [path, *plots.draw(results, out)]:

@@ -195,7 +195,10 @@ def activate(preactivations, activation, limit, alpha, up_offset, interleaved):
 def gated_activation(gate, up, activation, limit=None, alpha=1.0, up_offset=0.0):
     """phi(gate) * (up + up_offset), both clamped first: the gate from above, up on both sides."""
     if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        # Not clamp, whose gradient at the limit itself, where half precision often rounds to, is 1
+        # before torch 2.14 and 0 from then on. Here it is 1.
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
     if activation == "swiglu":
         return gate * torch.sigmoid(alpha * gate) * (up + up_offset)
     return ACTIVATIONS[GATES[activation]](gate) * (up + up_offset)

@@ -363,3 +363,14 @@ def test_dropped_and_sentinel_assignments_get_exactly_nothing():
         not y[3:].any() and not dx[3:].any() and not dweights[3:].any() and not dweights[:, 1].any()
     )
     assert y[:3].any(1).all() and dx[:3].any(1).all() and dweights[:3, 0].all()
+
+
+def test_the_gradient_at_a_limit_is_that_within():
+    """Which torch's own clamp has it depends on its release; half precision often rounds there."""
+    gate = torch.tensor([0.5, 0.75, 1.0, -1.0, math.nan], requires_grad=True)
+    up = torch.tensor([-0.75, 0.75, 1.0, -1.0, 0.5], requires_grad=True)
+    y = reference.gated_activation(gate, up, "reglu", limit=0.75)
+    assert torch.equal(y[:4], torch.tensor([-0.375, 0.5625, 0.5625, 0.0])) and y[4].isnan()
+    y.sum().backward()
+    assert gate.grad[:4].tolist() == [-0.75, 0.75, 0.0, 0.0]
+    assert up.grad[:4].tolist() == [0.5, 0.75, 0.0, 0.0]

@@ -22,8 +22,8 @@ fault(
 )
 fault(
     "the clamp leaves up alone below",
-    "up.clamp(-limit, limit)",
-    "up.clamp(max=limit)",
+    "torch.where(up < -limit, -limit, up)",
+    "up",
 )
 fault(
     "statistics count padding",

@@ -53,7 +53,7 @@ def check_torch(version):
     if release < oldest:
         raise ImportError(text)
     if release > newest:
-        warnings.warn(f"{text}: nobody has tried it yet", stacklevel=2)
+        warnings.warn(f"{text}: it is untested", stacklevel=2)
 
 
 def rebuild_command():

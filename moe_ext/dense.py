@@ -156,7 +156,7 @@ def _probe(ffn):
     """
     device = next(ffn.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
-    generator = torch.Generator("cpu").manual_seed(0)  # so that nobody's moves
+    generator = torch.Generator("cpu").manual_seed(0)  # torch's own stays as it is
 
     def drawn(shape, scale):
         x = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")

@@ -193,8 +193,8 @@ class TestRefusals:
         ):
             _load.check_torch(version)
 
-    def test_a_torch_that_nobody_has_tried(self):
-        with pytest.warns(UserWarning, match="2.11 to 2.14, found torch 2.15.0.*nobody has tried"):
+    def test_a_torch_that_is_untested(self):
+        with pytest.warns(UserWarning, match="2.11 to 2.14, found torch 2.15.0.*it is untested"):
             _load.check_torch("2.15.0")
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -127,8 +127,8 @@ def test_gather_and_combine(drawn):
     rows = functional.gather_rows(x, wrong)
     unreferred = torch.ones(len(rows), dtype=torch.bool)
     unreferred[[r for r in wrong.assignment_row.flatten().tolist() if 0 <= r < len(rows)]] = False
-    nobodys = unreferred & ((wrong.row_token < 0) | (wrong.row_token >= len(x)))
-    assert not rows[nobodys].any()
+    unowned = unreferred & ((wrong.row_token < 0) | (wrong.row_token >= len(x)))
+    assert not rows[unowned].any()
     rows.sum().backward()
     weights = unit(*plan.assignment_row.shape).requires_grad_()
     y = functional.weighted_combine(

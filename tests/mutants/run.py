@@ -208,7 +208,7 @@ class Record:
 
     def is_older(self, name):
         """Whether a verdict says nothing of its file as it is: that has changed since, or differed
-        from its commit even then, or nobody here knows the commit."""
+        from its commit even then, or the commit is unknown here."""
         commit, file = self.verdicts[name][2], name.partition(": ")[0]
         difference = git("diff", "--quiet", commit, "--", file)
         return commit.endswith("+") or difference.returncode != 0

@@ -33,7 +33,7 @@ def _refuse_fp8(self, *args, **kwargs):
 
 
 def _install_mxfp4():
-    """Their module has a forward of its own, which asks nobody."""
+    """Their module has a forward of its own, which asks no registry."""
     try:
         from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
     except ImportError:

@@ -14,7 +14,12 @@ peft = pytest.importorskip("peft")
 from moe_ext.integrations.transformers import RoutingHealth, register  # noqa: E402
 from oracle import HAS_OPS, relative_error  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not HAS_OPS, reason="the reference needs no second proof")
+pytestmark = [
+    pytest.mark.skipif(not HAS_OPS, reason="the reference needs no second proof"),
+    pytest.mark.skipif(
+        transformers.__version__.startswith("5.17."), reason="that release's is set up otherwise"
+    ),
+]
 
 RANKS = 2
 # A batch a rank, or the same on both.

@@ -232,7 +232,9 @@ def _accumulates(layer):
 
     A loop that keeps gradients as zeros has a gradient too, but a step in between.
     """
-    weight = next((p for p in layer.gate.parameters() if p.requires_grad), None)
+    weight = layer.gate._parameters.get("weight")
+    if weight is None or not weight.requires_grad:  # PEFT's are inside of it
+        weight = next((p for p in layer.gate.parameters() if p.requires_grad), None)
     if weight is None:
         return False
     before, layer._step_seen = layer._step_seen, (weight._version, _steps)

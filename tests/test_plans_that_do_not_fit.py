@@ -40,8 +40,11 @@ def rows_used(plan):
 
 @pytest.fixture(params=KERNELS)
 def drawn(request):
+    return draw(*KERNELS[request.param])
+
+
+def draw(tokens, dtype, transposed):
     """inputs, plan, a function of a plan that runs the stage on them."""
-    tokens, dtype, transposed = KERNELS[request.param]
     stage = Stage()
     inputs = stage.inputs(tokens, H, I, E, K, dtype, transposed=transposed)
     cotangents = {}
@@ -118,6 +121,17 @@ def test_offsets_that_fall_stay_inside(drawn):
     inputs, plan, run = drawn
     wrong = plan.expert_offsets.flip(0)
     run(plan._replace(expert_offsets=wrong))  # the emulator reports what leaves a tensor
+
+
+@pytest.mark.parametrize("kernel", ["simt", "sm80", "sm80 transposed"])
+def test_offsets_that_fall_take_no_rows_from_others(kernel):
+    """As many as several tiles have."""
+    _, plan, run = draw(150, *KERNELS[kernel][1:])
+    rows = len(plan.row_token)
+    offsets = torch.tensor([0, 0, rows, rows, rows], dtype=torch.int32)
+    falling = torch.tensor([200, 0, rows, rows, rows], dtype=torch.int32)
+    results = [run(plan._replace(expert_offsets=o)) for o in (falling, offsets)]
+    assert bits_equal(*results)
 
 
 def test_gather_and_combine(drawn):

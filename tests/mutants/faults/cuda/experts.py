@@ -336,7 +336,7 @@ fault(
     "an expert whose offsets fall has fewer rows than none",
     "return max(offset_of(expert_offsets, e + 1, rows) - offset_of(expert_offsets, e, rows), 0);",
     "return offset_of(expert_offsets, e + 1, rows) - offset_of(expert_offsets, e, rows);",
-    PLANS + "test_offsets_that_fall_stay_inside",
+    PLANS + "test_offsets_that_fall_take_no_rows_from_others",
 )
 fault(
     "an index below 0 leads somewhere",

@@ -295,9 +295,11 @@ def test_warns_of_rising_drops():
     for _ in range(64):
         layer(unit(4, 8))
     check_quietly(health)  # nothing can be dropped
+    late = copy.deepcopy(layer)
+    from_the_start = RoutingHealth(late, min_entropy=0.0, max_dead=1.0)
     for _ in range(4):
-        layer(unit(64, 8))
-    from_the_start = RoutingHealth(copy.deepcopy(layer), min_entropy=0.0, max_dead=1.0)
+        layer(unit(64, 8)), late(unit(64, 8))
+    assert next(iter(from_the_start.stats().values()))["drop_rate"] > 0.5
     check_quietly(from_the_start)
     with pytest.warns(UserWarning, match=r"drops rise:  \(\d\d% of the assignments, once 0%\)"):
         health.check()

@@ -25,7 +25,7 @@
 namespace moe_ext::cuda {
 
 // Row r: neighbouring elements from data + (index ? index[r] : r) * stride. An index outside of
-// 0..limit-1 is nobody's: such a row is read as zeros.
+// 0..limit-1 leads nowhere: such a row is read as zeros.
 struct RowMatrix {
   const void* data;
   int64_t stride;

@@ -34,7 +34,7 @@ cudaError_t sum_token_rows(const TokenSums& sums, cudaStream_t stream);
 // dweights[t][j] = <dy[t], rows[assignment_row[t][j]]>, and 0 for a dropped assignment.
 struct TokenSumsGradient {
   TokenRows plan;
-  const int32_t* row_owner;  // (R): not in 0..owners-1 where a row is nobody's
+  const int32_t* row_owner;  // (R): not in 0..owners-1 where a row has no owner
   int64_t owners;
   const void* dy;    // (T, H)
   const void* rows;  // (R, H); read for dweights only

@@ -6,10 +6,10 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import moe_ext
 from oracle import unit
+from ranks import over_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -103,16 +103,5 @@ def worker(rank, port, job, seeds, results):
 def test_groups(job, seeds):
     if job is health_of_stages:
         pytest.importorskip("transformers")
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    with __import__("socket").socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (port, job, seeds, results)
-    workers = [context.Process(target=worker, args=(rank, *arguments)) for rank in range(RANKS)]
-    for process in workers:
-        process.start()
-    problems = [results.get() for _ in workers]
-    for process in workers:
-        process.join()
+    problems = over_ranks(RANKS, worker, job, seeds)
     assert problems == [None] * RANKS

@@ -6,13 +6,13 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from moe_ext.integrations.transformers import RoutingHealth, register  # noqa: E402
 from oracle import HAS_OPS, relative_error  # noqa: E402
+from ranks import over_ranks  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not HAS_OPS, reason="the reference needs no second proof"),
@@ -116,20 +116,9 @@ def of_rank(rank, port, what, folder, mode, results):
         results.put((rank, traceback.format_exc()))
 
 
-def over_ranks(what, folder, mode):
+def on_ranks(what, folder, mode):
     """What each rank found, in order."""
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    with __import__("socket").socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [(rank, port, what, folder, mode, results) for rank in range(RANKS)]
-    workers = [context.Process(target=of_rank, args=a) for a in arguments]
-    for worker in workers:
-        worker.start()
-    got = sorted((results.get() for _ in workers), key=lambda result: result[0])
-    for worker in workers:
-        worker.join()
+    got = sorted(over_ranks(RANKS, of_rank, what, folder, mode), key=lambda result: result[0])
     assert all(isinstance(found, tuple) for _, found in got), got
     return [found for _, found in got]
 
@@ -139,7 +128,7 @@ def test_every_rank_counts_all_experts_by_their_ids(mode, tmp_path):
     deepseek_v3().save_pretrained(tmp_path)
     loads, moved = health(tmp_path, mode, batches(mode))
     assert sum(loads[0]) == len(batches(mode)) * 33 * 2 and any(map(any, moved))
-    for found in over_ranks(health, tmp_path, mode):
+    for found in on_ranks(health, tmp_path, mode):
         assert found == (loads, moved)
 
 
@@ -147,7 +136,7 @@ def test_adapters_are_those_of_the_rank_s_experts(tmp_path):
     mixtral().save_pretrained(tmp_path)
     expected, _ = lora(tmp_path, "fsdp", batches("fsdp"))
     plain = [load(tmp_path)(ids).logits for ids in batches("fsdp")]
-    for ids, base, (found, _) in zip(expected, plain, over_ranks(lora, tmp_path, "fsdp")):
+    for ids, base, (found, _) in zip(expected, plain, on_ranks(lora, tmp_path, "fsdp")):
         ids = torch.tensor(ids).double()
         assert relative_error(torch.tensor(found[0]), ids) < 1e-5
         assert relative_error(base, ids) > 0.01

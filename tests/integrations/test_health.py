@@ -8,10 +8,10 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import moe_ext
 from oracle import unit
+from ranks import over_ranks
 
 transformers = pytest.importorskip("transformers")
 
@@ -439,17 +439,7 @@ def of_rank(rank, port, results):
 
 
 def test_sums_over_ranks():
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    with __import__("socket").socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [context.Process(target=of_rank, args=(r, port, results)) for r in range(RANKS)]
-    for worker in workers:
-        worker.start()
-    got = sorted((results.get() for _ in workers), key=lambda result: result[0])
-    for worker in workers:
-        worker.join()
+    got = sorted(over_ranks(RANKS, of_rank), key=lambda result: result[0])
     assert all(isinstance(stats, dict) for _, stats, _, _ in got), got
 
     torch.manual_seed(0)

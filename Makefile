@@ -74,6 +74,8 @@ bench-peers: build
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(RUN) tests/import_cycles.py
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
 
 format: $(VENV)/ready

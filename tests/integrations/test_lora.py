@@ -331,7 +331,7 @@ def test_lora_ffn_is_an_op(is_combined, has_bias):
     )  # fmt: skip
     for needs in (True, False):
         args = [t if t is None else t.detach().requires_grad_(needs) for t in tensors]
-        options = ("swiglu", 0.7, 1.702, 1.0, True, needs)
+        options = ("swiglu", 0.7, 1.702, 1.0, False, True, needs)
         torch.library.opcheck(torch.ops.moe_ext_transformers.lora_ffn, (*args, *plan, *options))
 
 

@@ -37,7 +37,7 @@ _FAMILY = {
 }
 
 
-def replace(model):
+def replace(model: nn.Module) -> dict[str, nn.Module]:
     """Runs the MoE blocks of a model outside transformers' registry on moe_ext's kernels.
 
         replace(model)              # in place; before an optimizer is made
@@ -76,7 +76,7 @@ def replace(model):
     return found
 
 
-def restore(model):
+def restore(model: nn.Module) -> dict[str, nn.Module]:
     """Undoes `replace`: transformers' own classes, names and shapes, with the weights of now.
 
     Raises:

@@ -31,7 +31,7 @@ std::tuple<at::Tensor, at::Tensor> grouped_ffn(
   at::Tensor rows = at::empty({call.rows, call.hidden}, x.options());
   at::Tensor kept = preactivations_of(call, keep_preactivations);
   with_operands(call, [&](auto p) {
-    ffn_forward<decltype(p)>(call, rows.mutable_data_ptr(), call.dtype, call.hidden,
+    ffn_forward<decltype(p)>(call, {rows.mutable_data_ptr(), call.dtype, call.hidden},
                              keep_preactivations ? kept.mutable_data_ptr() : nullptr);
   });
   rows.narrow(0, call.kept, call.rows - call.kept).zero_();
@@ -52,9 +52,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> grouped_f
   const at::Tensor upstream = check_upstream(op, "grad_rows", call, grad_rows, call.rows);
   const at::Tensor kept = check_preactivations(op, call, preactivations);
   const FfnGradients g = with_operands(call, [&](auto p) {
-    return ffn_backward<decltype(p)>(
-        call, {upstream.const_data_ptr(), call.dtype, upstream.stride(0), nullptr}, nullptr,
-        nullptr, kept, output_mask);
+    return ffn_backward<decltype(p)>(call,
+                                     {upstream.const_data_ptr(), call.dtype, upstream.stride(0)},
+                                     nullptr, nullptr, kept, output_mask);
   });
   return {g.x, g.up_proj, g.down_proj, g.up_bias, g.down_bias};
 }

@@ -45,12 +45,9 @@ std::tuple<at::Tensor, at::Tensor> moe_forward(
     using P = decltype(p);
     using T = Sum<P>;
     const at::Tensor w = check_weights<T>(op, call, weights, row_assignment);
-    const int64_t ld = padded<T>(call.hidden);
-    const at::Tensor rows = workspace<T>(call.kept * ld);
-    const T* row_data = rows.const_data_ptr<T>();
-    ffn_forward<P>(call, rows.mutable_data_ptr(), Operand<T>::dtype, ld,
-                   keep_preactivations ? kept.mutable_data_ptr() : nullptr);
-    combine_tokens<T>(call, y, row_data, ld, w.const_data_ptr<T>());
+    const WorkspaceRows<T> rows(call.kept, call.hidden);
+    ffn_forward<P>(call, rows.out(), keep_preactivations ? kept.mutable_data_ptr() : nullptr);
+    combine_tokens<T>(call, y, rows, w.const_data_ptr<T>());
   });
   return {y, kept};
 }
@@ -75,21 +72,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     using T = Sum<P>;
     const at::Tensor w = check_weights<T>(op, call, weights, assignments);
     const int32_t* assignment = assignments.const_data_ptr<int32_t>();
-    const at::Tensor row_weight = workspace<T>(call.kept), score = workspace<T>(call.kept);
+    const Workspace<T> row_weight(call.kept), score(call.kept);
     for (int64_t r = 0; r < call.kept; ++r) {
       TORCH_CHECK_VALUE(assignment[r] >= 0 && assignment[r] < w.numel(), op,
                         ": row_assignment must be in 0..T*K-1 where a row is kept");
-      row_weight.mutable_data_ptr<T>()[r] = w.const_data_ptr<T>()[assignment[r]];
+      row_weight[r] = w.const_data_ptr<T>()[assignment[r]];
     }
     const FfnGradients gradients = ffn_backward<P>(
         call,
         {dy.const_data_ptr(), call.dtype, dy.stride(0), call.row_token.const_data_ptr<int32_t>()},
-        row_weight.const_data_ptr<T>(), output_mask[1] ? score.mutable_data_ptr<T>() : nullptr,
-        kept, {output_mask[0], output_mask[2], output_mask[3], output_mask[4], output_mask[5]});
+        row_weight.data(), output_mask[1] ? score.data() : nullptr, kept,
+        {output_mask[0], output_mask[2], output_mask[3], output_mask[4], output_mask[5]});
     if (output_mask[1]) {
       const at::Tensor dw = at::zeros(w.sizes(), w.options());
       for (int64_t r = 0; r < call.kept; ++r) {
-        dw.mutable_data_ptr<T>()[assignment[r]] = score.const_data_ptr<T>()[r];
+        dw.mutable_data_ptr<T>()[assignment[r]] = score[r];
       }
       dweights = dw.to(weights.scalar_type());
     } else {

@@ -20,7 +20,6 @@ namespace moe_ext::cpu {
 struct Experts : FfnCall {
   int64_t kept = 0;  // how many of the R rows hold something
   Dtype dtype = Dtype::f32;
-  bool batch_invariant = false;
 
   const int32_t* offsets() const { return expert_offsets.const_data_ptr<int32_t>(); }
 };
@@ -28,8 +27,8 @@ struct Experts : FfnCall {
 // Reads the plan, so that no kernel can leave its arrays.
 Experts check_memory(const char* op, FfnCall arguments);
 
-// Room for the preactivations that a backward pass needs, its tail zero; shape (0) if none does.
-at::Tensor preactivations_of(const Experts& experts, bool keep);
+// Room for the preactivations, if they are to be kept, its tail zero; else of shape (0).
+at::Tensor preactivations_of(const Experts& experts);
 
 // y_t (x's dtype) = the sum of token t's rows (ld elements apart), by `weight` (T, K) or
 // by 1 where that is null, in the order of j.

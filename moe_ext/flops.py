@@ -72,10 +72,11 @@ def _moe_backward(
 
 
 def _moe_infer(
-    x, gate_weight, gate_bias, up_proj, down_proj, up_bias, down_bias, counts, score_sums, totals,
-    top_k, selection_bias=None, padding_mask=None, score_function=None, norm_topk_prob=None,
-    routed_scaling_factor=None, n_group=None, topk_group=None, group_score=None, capacity=None,
-    drop_policy=None, num_sequences=1, *_, **__,
+    x, gate_weight, gate_bias, counts, score_sums, totals, top_k, up_proj, down_proj, up_bias,
+    down_bias, activation=None, limit=None, alpha=None, up_offset=None, transposed=None,
+    interleaved=None, selection_bias=None, padding_mask=None, score_function=None,
+    norm_topk_prob=None, routed_scaling_factor=None, n_group=None, topk_group=None,
+    group_score=None, capacity=None, drop_policy=None, num_sequences=1, *_, **__,
 ):  # fmt: skip
     *shape, hidden = x
     tokens = math.prod(shape)

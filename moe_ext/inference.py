@@ -72,8 +72,8 @@ def moe_infer(layer, operands, x, padding_mask):
     capacity, num_sequences = layer._limits(x.shape)
     route, ffn = layer.gate.options, layer.experts.options
     return functional._call(
-        "moe_infer", x, weight, bias, *experts, stats.counts, stats.score_sums, stats.totals,
-        layer.top_k, selection_bias, padding_mask, *map(route.get, functional.ROUTE_OPTIONS),
-        capacity, layer.drop_policy, num_sequences, *map(ffn.get, functional.FFN_OPTIONS),
+        "moe_infer", x, weight, bias, stats.counts, stats.score_sums, stats.totals, layer.top_k,
+        *experts, *map(ffn.get, functional.FFN_OPTIONS), selection_bias, padding_mask,
+        *map(route.get, functional.ROUTE_OPTIONS), capacity, layer.drop_policy, num_sequences,
         functional._batch_invariant,
     )  # fmt: skip

@@ -47,8 +47,8 @@ Experts check_memory(const char* op, FfnCall arguments) {
   return call;
 }
 
-at::Tensor preactivations_of(const Experts& experts, bool keep) {
-  if (!keep) return at::empty({0}, experts.x.options());
+at::Tensor preactivations_of(const Experts& experts) {
+  if (!experts.keep_preactivations) return at::empty({0}, experts.x.options());
   at::Tensor kept = empty_large({experts.rows, experts.width}, experts.x.options());
   kept.narrow(0, experts.kept, experts.rows - experts.kept).zero_();
   return kept;

@@ -20,7 +20,6 @@ namespace moe_ext::cpu {
 struct Experts : FfnCall {
   int64_t kept = 0;  // how many of the R rows hold something
   Dtype dtype = Dtype::f32;
-  bool batch_invariant = false;
 
   const int32_t* offsets() const { return expert_offsets.const_data_ptr<int32_t>(); }
 };
@@ -28,8 +27,8 @@ struct Experts : FfnCall {
 // Reads the plan, so that no kernel can leave its arrays.
 Experts check_memory(const char* op, FfnCall arguments);
 
-// Room for the preactivations that a backward pass needs, its tail zero; shape (0) if none does.
-at::Tensor preactivations_of(const Experts& experts, bool keep);
+// Room for the preactivations, if they are to be kept, its tail zero; else of shape (0).
+at::Tensor preactivations_of(const Experts& experts);
 
 // y_t (x's dtype) = the sum of token t's rows, by `weight` (T, K) or by 1 where that is null, in
 // the order of j.
@@ -53,12 +52,11 @@ struct FfnGradients {
   at::Tensor x, up_proj, down_proj, up_bias, down_bias;  // of shape (0) where not asked for
 };
 
-// From the rows' upstream gradients and `weight` (R; null: 1) to the gradients that the mask
-// asks for. score (R), unless null, receives the gradient of each row's weight.
+// From the rows' upstream gradients and `weight` (R; null: 1) to the gradients that are wanted.
+// score (R), unless null, receives the gradient of each row's weight.
 template <class P>
 FfnGradients ffn_backward(const Experts& experts, const Rows& upstream, const Sum<P>* weight,
-                          Sum<P>* score, const at::Tensor& preactivations,
-                          std::array<bool, 5> mask);
+                          Sum<P>* score);
 
 // ---- what both passes read
 

@@ -20,16 +20,17 @@ class Backward {
  public:
   using T = Sum<P>;
 
-  Backward(const Experts& call, const Rows& upstream, const T* weight, bool wants_x)
+  Backward(const Experts& call, const Rows& upstream, const T* weight)
       : call_(call),
         upstream_(upstream),
         weight_(weight),
         dh_(call.kept, call.width),
         wa_(call.kept, call.intermediate),
-        dx_(wants_x ? call.kept : 0, call.hidden) {}
+        dx_(call.wanted[kX] ? call.kept : 0, call.hidden) {}
 
-  // dL/dh and weight * activation of every row, its score unless that is null, and dL/dx.
-  void rows(const at::Tensor& preactivations, T* score, bool wants_x) const;
+  // dL/dh and weight * activation of every row, its score unless that is null, and dL/dx if it
+  // is wanted.
+  void rows(T* score) const;
 
   at::Tensor x() const;
   at::Tensor up_proj() const { return weight_gradient(call_.up_proj, dh_.rows(), tokens()); }
@@ -55,7 +56,7 @@ class Backward {
 };
 
 template <class P>
-void Backward<P>::rows(const at::Tensor& preactivations, T* score, bool wants_x) const {
+void Backward<P>::rows(T* score) const {
   const int64_t hidden = call_.hidden, intermediate = call_.intermediate, width = call_.width;
   const RowBlocks blocks(call_, sizeof(P));
   const int64_t height = blocks.height;
@@ -91,7 +92,7 @@ void Backward<P>::rows(const at::Tensor& preactivations, T* score, bool wants_x)
                   : T(0);
         }
         const Matrix<P> dh = dh_.part(block.begin, m);
-        const Rows h{preactivations.const_data_ptr(), call_.dtype, width};
+        const Rows h{call_.preactivations.const_data_ptr(), call_.dtype, width};
         const ActivationBackward<P> to{dh,
                                        wa_.part(block.begin, m),
                                        score ? score + block.begin : nullptr,
@@ -107,7 +108,7 @@ void Backward<P>::rows(const at::Tensor& preactivations, T* score, bool wants_x)
                 to, da.from_column(i - i0, std::min(kActivateColumns, i1 - i)), i);
           }
         });
-        if (!wants_x) return;
+        if (!call_.wanted[kX]) return;
         const Weight w_up = weight_of(call_, call_.up_proj, e, 0, 1, /*swapped=*/true);
         down.for_blocks(0, [&](int64_t h0, int64_t h1) {
           const Matrix<T> dx = product(h1 - h0);
@@ -165,22 +166,19 @@ at::Tensor Backward<P>::x() const {
 
 template <class P>
 FfnGradients ffn_backward(const Experts& call, const Rows& upstream, const Sum<P>* weight,
-                          Sum<P>* score, const at::Tensor& preactivations,
-                          std::array<bool, 5> mask) {
-  const auto [want_x, want_up, want_down, want_up_bias, want_down_bias] = mask;
-  const Backward<P> backward(call, upstream, weight, want_x);
-  if (want_x || want_up || want_down || want_up_bias || score)
-    backward.rows(preactivations, score, want_x);
+                          Sum<P>* score) {
+  const auto& wanted = call.wanted;
+  const Backward<P> backward(call, upstream, weight);
+  if (score || wanted[kX] || wanted[kUpProj] || wanted[kDownProj] || wanted[kUpBias])
+    backward.rows(score);
   const at::Tensor none = at::empty({0}, call.x.options());
-  return {want_x ? backward.x() : none, want_up ? backward.up_proj() : none,
-          want_down ? backward.down_proj() : none, want_up_bias ? backward.up_bias() : none,
-          want_down_bias ? backward.down_bias() : none};
+  return {wanted[kX] ? backward.x() : none, wanted[kUpProj] ? backward.up_proj() : none,
+          wanted[kDownProj] ? backward.down_proj() : none,
+          wanted[kUpBias] ? backward.up_bias() : none,
+          wanted[kDownBias] ? backward.down_bias() : none};
 }
-template FfnGradients ffn_backward<float>(const Experts&, const Rows&, const float*, float*,
-                                          const at::Tensor&, std::array<bool, 5>);
-template FfnGradients ffn_backward<double>(const Experts&, const Rows&, const double*, double*,
-                                           const at::Tensor&, std::array<bool, 5>);
-template FfnGradients ffn_backward<bf16>(const Experts&, const Rows&, const float*, float*,
-                                         const at::Tensor&, std::array<bool, 5>);
+template FfnGradients ffn_backward<float>(const Experts&, const Rows&, const float*, float*);
+template FfnGradients ffn_backward<double>(const Experts&, const Rows&, const double*, double*);
+template FfnGradients ffn_backward<bf16>(const Experts&, const Rows&, const float*, float*);
 
 }  // namespace moe_ext::cpu

@@ -11,7 +11,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "cpu/kernels/operands.h"
+#include "cpu/kernels/layouts.h"
 
 namespace moe_ext::cpu {
 

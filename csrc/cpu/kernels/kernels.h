@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "../../activation.h"
-#include "operands.h"
+#include "layouts.h"
 
 namespace moe_ext::cpu {
 

@@ -102,7 +102,7 @@ fault(
 )
 fault(
     "backward: a frozen expert's weight gradient is computed all the same",
-    "want_up ? backward.up_proj() : none",
+    "wanted[kUpProj] ? backward.up_proj() : none",
     "backward.up_proj()",
     "tests/test_grouped_ffn.py::TestOperator::test_only_needed_gradients",
 )

@@ -1,7 +1,7 @@
-// Every operator of moe_ext, on one page. An implementation registers itself in
-// its stage's file (csrc/cpu/<stage>.cpp, csrc/cuda/<stage>.cpp); fakes and
-// gradients are in moe_ext/_ops.py; moe_ext/functional.py is the public face
-// and documents arguments and results.
+// Every operator of moe_ext, on one page; what several have in common is in operands.h. An
+// implementation registers itself in its stage's file (csrc/cpu/<stage>.cpp,
+// csrc/cuda/<stage>.cpp); fakes are in moe_ext/_ops.py, gradients in autograd.cpp;
+// moe_ext/functional.py is the public face and documents arguments and results.
 //
 // T tokens, H hidden size, I intermediate size, E experts, K top_k,
 // R = min(T*K, E*C*num_sequences) rows. The plan is
@@ -12,22 +12,9 @@
 
 #include <torch/library.h>
 
+#include "operands.h"
+
 // clang-format off: the strings are broken where they read best.
-
-// How scores become weights and a choice.
-#define ROUTE_OPTIONS                                                     \
-  "str score_function=\"softmax\", bool norm_topk_prob=True, "            \
-  "float routed_scaling_factor=1.0, int n_group=1, int topk_group=1, "    \
-  "str group_score=\"max\""
-
-// The experts' layout and activation: every op that runs experts takes these.
-#define FFN_OPTIONS                                                       \
-  "str activation=\"swiglu\", float? limit=None, float alpha=1.0, "       \
-  "float up_offset=0.0, bool transposed=False, bool interleaved=False"
-
-// The experts' parameters: up_proj is (E, 2I, H), or (E, I, H) when the
-// activation has no gate; down_proj is (E, H, I); `transposed` swaps the last two.
-#define EXPERT_PARAMETERS "Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias"
 
 TORCH_LIBRARY(moe_ext, m) {
   // ---- router_logits: x (T, H), weight (E, H), bias (E) -> logits (T, E) float32.
@@ -64,13 +51,13 @@ TORCH_LIBRARY(moe_ext, m) {
   // ---- grouped_ffn: x (T, H) -> rows (R, H), preactivations (R, 2I or I)
   m.def(
       "grouped_ffn(Tensor x, Tensor expert_offsets, Tensor row_token, Tensor assignment_row, "
-      EXPERT_PARAMETERS ", " FFN_OPTIONS
+      EXPERT_OPERANDS
       ", bool keep_preactivations=True, bool batch_invariant=False)"
       " -> (Tensor rows, Tensor preactivations)");
   m.def(
       "grouped_ffn_backward(Tensor grad_rows, Tensor x, Tensor preactivations,"
       " Tensor expert_offsets, Tensor row_token, Tensor assignment_row, "
-      EXPERT_PARAMETERS ", " FFN_OPTIONS
+      EXPERT_OPERANDS
       ", *, bool[5] output_mask)"
       " -> (Tensor dx, Tensor dup_proj, Tensor ddown_proj, Tensor dup_bias, Tensor ddown_bias)");
 
@@ -86,13 +73,13 @@ TORCH_LIBRARY(moe_ext, m) {
   //      only x and the preactivations -> y (T, H), preactivations (R, 2I or I)
   m.def(
       "moe_forward(Tensor x, Tensor weights, Tensor expert_offsets, Tensor row_token,"
-      " Tensor row_assignment, Tensor assignment_row, " EXPERT_PARAMETERS ", " FFN_OPTIONS
+      " Tensor row_assignment, Tensor assignment_row, " EXPERT_OPERANDS
       ", bool keep_preactivations=True, bool batch_invariant=False)"
       " -> (Tensor y, Tensor preactivations)");
   m.def(
       "moe_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor preactivations,"
       " Tensor expert_offsets, Tensor row_token, Tensor row_assignment, Tensor assignment_row, "
-      EXPERT_PARAMETERS ", " FFN_OPTIONS
+      EXPERT_OPERANDS
       ", *, bool[6] output_mask)"
       " -> (Tensor dx, Tensor dweights, Tensor dup_proj, Tensor ddown_proj, Tensor dup_bias,"
       " Tensor ddown_bias)");
@@ -111,9 +98,9 @@ TORCH_LIBRARY(moe_ext, m) {
   // ---- moe_infer: a layer's inference, logits to output: x (..., H) and, where given, its
   //      padding_mask (...) -> y (..., H). No gradient. The sums are accumulate_stats'.
   m.def(
-      "moe_infer(Tensor x, Tensor gate_weight, Tensor? gate_bias, " EXPERT_PARAMETERS
-      ", Tensor(a!) counts, Tensor(b!) score_sums, Tensor(c!) totals, int top_k,"
-      " Tensor? selection_bias=None, Tensor? padding_mask=None, " ROUTE_OPTIONS
-      ", SymInt? capacity=None, str drop_policy=\"token\", SymInt num_sequences=1, "
-      FFN_OPTIONS ", bool batch_invariant=False) -> (Tensor y)");
+      "moe_infer(Tensor x, Tensor gate_weight, Tensor? gate_bias, Tensor(a!) counts,"
+      " Tensor(b!) score_sums, Tensor(c!) totals, int top_k, " EXPERT_OPERANDS
+      ", Tensor? selection_bias=None, Tensor? padding_mask=None, " ROUTE_OPTIONS
+      ", SymInt? capacity=None, str drop_policy=\"token\", SymInt num_sequences=1,"
+      " bool batch_invariant=False) -> (Tensor y)");
 }

@@ -72,8 +72,8 @@ def moe_infer(layer, operands, x, padding_mask):
     stats, config = layer._stats, layer.config
     capacity, num_sequences = config.room(x.shape, training=False)
     return functional._call(
-        "moe_infer", x, weight, bias, *experts, stats.counts, stats.score_sums, stats.totals,
-        config.router.top_k, selection_bias, padding_mask, *config.router.scoring().values(),
-        capacity, config.capacity.drop_policy, num_sequences, *config.experts.activation,
+        "moe_infer", x, weight, bias, stats.counts, stats.score_sums, stats.totals,
+        config.router.top_k, *experts, *config.experts.activation, selection_bias, padding_mask,
+        *config.router.scoring().values(), capacity, config.capacity.drop_policy, num_sequences,
         functional._batch_invariant,
     )  # fmt: skip

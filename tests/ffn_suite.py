@@ -153,6 +153,11 @@ class FFNNumbers(FFNStage):
     def test_sizes(self, dtype, hidden, width, transposed):
         self.check(70, hidden, width, 3, 2, dtype, transposed=transposed)
 
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_rows_of_one_element(self, layout):
+        """A weight's strides are then 1 both along its rows and across them."""
+        self.check(70, 1, 40, 3, 2, torch.float32, **layout)
+
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
     @pytest.mark.parametrize("tokens", (1, 2, 3, 4, 16))
     @pytest.mark.parametrize("layout", LAYOUTS)

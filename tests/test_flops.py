@@ -72,7 +72,7 @@ def test_an_inference_in_one_op(capacity, rows):
     stats = layer._stats
     call = functools.partial(
         torch.ops.moe_ext.moe_infer, unit(2, T // 2, H), layer.gate.weight, None,
-        *layer.experts.weights(), stats.counts, stats.score_sums, stats.totals, K,
+        stats.counts, stats.score_sums, stats.totals, K, *layer.experts.weights(),
         capacity=capacity, num_sequences=2,
     )  # fmt: skip
     with torch.no_grad(), FlopCounterMode(display=False) as forward:

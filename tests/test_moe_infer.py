@@ -223,11 +223,12 @@ op = torch.ops.moe_ext.moe_infer if HAS_OPS else None
 def arguments(layer, x, padding_mask=None, **more):
     """(args, kwargs) of the op."""
     gate, stats = layer.gate, copy.deepcopy(layer._stats)
-    args = (x, gate.weight, gate.bias, *layer.experts.weights(), stats.counts, stats.score_sums)
-    args += (stats.totals, layer.top_k, gate.e_score_correction_bias, padding_mask)
+    args = (x, gate.weight, gate.bias, stats.counts, stats.score_sums, stats.totals, layer.top_k)
+    args += tuple(layer.experts.weights())
     config = layer.config
     activation = config.experts.activation._asdict()
     activation["activation"] = activation.pop("name")
+    more |= dict(selection_bias=gate.e_score_correction_bias, padding_mask=padding_mask)
     return args, more | config.router.scoring() | activation
 
 
@@ -245,7 +246,7 @@ def test_the_op_in_a_graph():
     (_, *args), kwargs = arguments(layer, None)
 
     def call(x, counts, score_sums, totals):
-        args[6:9] = counts, score_sums, totals
+        args[2:5] = counts, score_sums, totals
         return op(x, *args, **kwargs) * 2
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")

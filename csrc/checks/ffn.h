@@ -1,28 +1,34 @@
 // The arguments of the ops that run experts, for every device: grouped_ffn, moe_forward
-// and their backwards. Sizes and strides come out of it; no memory is read.
+// and their backwards, read and checked. Sizes come out of it; no memory is read.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
-#include <optional>
-#include <string_view>
 
 #include "activation.h"
 #include "checks.h"
+#include "operands.h"
 
 namespace moe_ext {
 
-// A call's experts, plan and options, checked.
-struct FfnCall {
+// The gradients of moe_forward's inputs, in the order of its backward op; grouped_ffn's are
+// the same without the weights'.
+enum Gradient { kX, kWeights, kUpProj, kDownProj, kUpBias, kDownBias, kGradients };
+
+// A call's experts, plan and options, checked. What an op does not take is undefined.
+struct FfnCall : ExpertOperands {
   at::Tensor x;                                          // (T, H), its rows' elements side by side
   at::Tensor expert_offsets, row_token, assignment_row;  // the plan, contiguous
-  at::Tensor up_proj, down_proj;                         // as they came
-  at::Tensor up_bias, down_bias;                         // undefined where there is none
-  ActivationSpec spec;
-  bool transposed;
+  at::Tensor weights, row_assignment;  // the routing weights, and their part of it
+  at::Tensor upstream;                 // backward: the gradient of the rows, or of the tokens
+  at::Tensor preactivations;           // backward: what the forward op kept
+  bool keep_preactivations = false, batch_invariant = false;
+  std::array<bool, kGradients> wanted{};  // backward
 
+  ActivationSpec spec;
   int64_t tokens, hidden, intermediate, width, experts, top_k;  // width: of a preactivation row
   int64_t rows;                                                 // R
 
@@ -40,13 +46,11 @@ constexpr NamedActivation kActivations[] = {
     {Activation::relu, true},       {Activation::silu, false}, {Activation::gelu, false},
     {Activation::gelu_tanh, false}, {Activation::relu, false}, {Activation::relu2, false}};
 
-inline FfnCall check_ffn(const char* op, const at::Tensor& x, const at::Tensor& expert_offsets,
-                         const at::Tensor& row_token, const at::Tensor& assignment_row,
-                         const at::Tensor& up_proj, const at::Tensor& down_proj,
-                         const std::optional<at::Tensor>& up_bias,
-                         const std::optional<at::Tensor>& down_bias, std::string_view activation,
-                         std::optional<double> limit, double alpha, double up_offset,
-                         bool transposed, bool interleaved) {
+// The experts, the rows of x and the plan; fills in the sizes.
+inline void check_ffn(const char* op, FfnCall& call) {
+  const auto& [up_proj, down_proj, up_bias, down_bias, activation, limit, alpha, up_offset,
+               transposed, interleaved] = static_cast<const ExpertOperands&>(call);
+  const at::Tensor& x = call.x;
   check_argument(op, "x", x, is_float(x), x.dim() == 2,
                  "float64, float32, bfloat16 or float16 of shape (T, H)");
   const int name = check_name(
@@ -71,20 +75,20 @@ inline FfnCall check_ffn(const char* op, const at::Tensor& x, const at::Tensor& 
                      down_proj.size(out) == hidden && down_proj.size(in) == intermediate,
                  "of x's dtype ", dtype, " and shape ", transposed ? "(E, I, H)" : "(E, H, I)",
                  ", with E = ", experts, ", H = ", hidden, ", I = ", intermediate);
-  const auto check_bias = [&](const char* bias_name, const std::optional<at::Tensor>& bias,
-                              int64_t size) {
-    if (!bias) return;
-    check_argument(op, bias_name, *bias, same_dtype(*bias),
-                   bias->dim() == 2 && bias->size(0) == experts && bias->size(1) == size,
+  const auto check_bias = [&](const char* bias_name, const at::Tensor& bias, int64_t size) {
+    if (!bias.defined()) return;
+    check_argument(op, bias_name, bias, same_dtype(bias),
+                   bias.dim() == 2 && bias.size(0) == experts && bias.size(1) == size,
                    "of x's dtype ", dtype, " and shape (", experts, ", ", size, ")");
-    check_same_device(op, bias_name, *bias, "x", x);
+    check_same_device(op, bias_name, bias, "x", x);
   };
   check_bias("up_bias", up_bias, width);
   check_bias("down_bias", down_bias, hidden);
   check_same_device(op, "up_proj", up_proj, "x", x);
   check_same_device(op, "down_proj", down_proj, "x", x);
-  check_plan(op, expert_offsets, row_token, std::nullopt, assignment_row, x.size(0), experts);
-  check_same_device(op, "expert_offsets", expert_offsets, "x", x);
+  check_plan(op, call.expert_offsets, call.row_token, std::nullopt, call.assignment_row, x.size(0),
+             experts);
+  check_same_device(op, "expert_offsets", call.expert_offsets, "x", x);
 
   check_value(op, "limit", !limit || (gated && *limit > 0), limit.value_or(0),
               "above 0 and go with a gated activation");
@@ -94,59 +98,84 @@ inline FfnCall check_ffn(const char* op, const at::Tensor& x, const at::Tensor& 
               "finite, and 0 without a gate");
   check_value(op, "interleaved", !interleaved || gated, interleaved, "False without a gate");
 
-  return {x.stride(1) == 1 ? x : x.contiguous(),
-          expert_offsets.contiguous(),
-          row_token.contiguous(),
-          assignment_row.contiguous(),
-          up_proj,
-          down_proj,
-          up_bias.value_or(at::Tensor()),
-          down_bias.value_or(at::Tensor()),
-          {phi, gated, interleaved, limit.value_or(std::numeric_limits<double>::infinity()), alpha,
-           up_offset},
-          transposed,
-          x.size(0),
-          hidden,
-          intermediate,
-          width,
-          experts,
-          assignment_row.size(1),
-          row_token.size(0)};
-}
-
-// The second result of the forward op.
-inline at::Tensor check_preactivations(const char* op, const FfnCall& call,
-                                       const at::Tensor& tensor) {
-  check_argument(op, "preactivations", tensor, tensor.scalar_type() == call.x.scalar_type(),
-                 tensor.dim() == 2 && tensor.size(0) == call.rows && tensor.size(1) == call.width,
-                 "the second result of the forward op, of shape (", call.rows, ", ", call.width,
-                 ")");
-  check_same_device(op, "preactivations", tensor, "x", call.x);
-  return tensor.contiguous();
-}
-
-// The upstream gradient, of grouped_ffn's rows or of moe_forward's tokens: its rows'
-// elements side by side.
-inline at::Tensor check_upstream(const char* op, const char* name, const FfnCall& call,
-                                 const at::Tensor& grad, int64_t rows) {
-  check_argument(op, name, grad, grad.scalar_type() == call.x.scalar_type(),
-                 grad.dim() == 2 && grad.size(0) == rows && grad.size(1) == call.hidden,
-                 "of x's dtype and shape (", rows, ", ", call.hidden, ")");
-  check_same_device(op, name, grad, "x", call.x);
-  return grad.stride(1) == 1 ? grad : grad.contiguous();
+  call.spec = {phi,         gated,
+               interleaved, limit.value_or(std::numeric_limits<double>::infinity()),
+               alpha,       up_offset};
+  call.tokens = x.size(0);
+  call.hidden = hidden;
+  call.intermediate = intermediate;
+  call.width = width;
+  call.experts = experts;
+  call.top_k = call.assignment_row.size(1);
+  call.rows = call.row_token.size(0);
 }
 
 // The routing weights, and the plan's part that only goes with them.
-inline void check_routing(const char* op, const FfnCall& call, const at::Tensor& weights,
-                          const at::Tensor& row_assignment) {
+inline void check_routing(const char* op, const FfnCall& call) {
+  const at::Tensor& weights = call.weights;
   const at::ScalarType dtype = weights.scalar_type();
   check_argument(op, "weights", weights, dtype == call.x.scalar_type() || dtype == at::kFloat,
                  weights.dim() == 2 && weights.sizes() == call.assignment_row.sizes(),
                  "float32 or of x's dtype ", dtype_name(call.x.scalar_type()),
                  ", of shape (T, K) = (", call.tokens, ", ", call.top_k, ")");
   check_same_device(op, "weights", weights, "x", call.x);
-  check_plan(op, call.expert_offsets, call.row_token, row_assignment, call.assignment_row,
+  check_plan(op, call.expert_offsets, call.row_token, call.row_assignment, call.assignment_row,
              call.tokens, call.experts);
+}
+
+// What only a backward op takes.
+inline void check_backward(const char* op, const char* grad_name, const FfnCall& call) {
+  const at::Tensor &grad = call.upstream, &kept = call.preactivations;
+  const int64_t grad_rows = call.weights.defined() ? call.tokens : call.rows;
+  check_argument(op, grad_name, grad, grad.scalar_type() == call.x.scalar_type(),
+                 grad.dim() == 2 && grad.size(0) == grad_rows && grad.size(1) == call.hidden,
+                 "of x's dtype and shape (", grad_rows, ", ", call.hidden, ")");
+  check_same_device(op, grad_name, grad, "x", call.x);
+  check_argument(op, "preactivations", kept, kept.scalar_type() == call.x.scalar_type(),
+                 kept.dim() == 2 && kept.size(0) == call.rows && kept.size(1) == call.width,
+                 "the second result of the forward op, of shape (", call.rows, ", ", call.width,
+                 ")");
+  check_same_device(op, "preactivations", kept, "x", call.x);
+}
+
+// The arguments of grouped_ffn, moe_forward or either's backward op, checked.
+inline FfnCall read_ffn(Arguments& args) {
+  const char* op = args.op();
+  FfnCall call;
+  const char* grad_name = args.next_is("grad_rows") ? "grad_rows" : "grad_y";
+  const bool backward = args.next_is(grad_name);
+  if (backward) call.upstream = args.tensor(grad_name);
+  call.x = args.tensor("x");
+  const bool weighted = args.next_is("weights");
+  if (weighted) call.weights = args.tensor("weights");
+  if (backward) call.preactivations = args.tensor("preactivations");
+  call.expert_offsets = args.tensor("expert_offsets");
+  call.row_token = args.tensor("row_token");
+  if (weighted) call.row_assignment = args.tensor("row_assignment");
+  call.assignment_row = args.tensor("assignment_row");
+  static_cast<ExpertOperands&>(call) = ExpertOperands::read(args);
+  if (backward) {
+    int gradient = 0;
+    for (const bool wanted : args.flags("output_mask")) {
+      if (gradient == kWeights && !weighted) ++gradient;
+      call.wanted[gradient++] = wanted;
+    }
+  } else {
+    call.keep_preactivations = args.flag("keep_preactivations");
+    call.batch_invariant = args.flag("batch_invariant");
+  }
+
+  check_ffn(op, call);
+  if (weighted) check_routing(op, call);
+  if (backward) check_backward(op, grad_name, call);
+  for (at::Tensor* rows : {&call.x, &call.upstream}) {
+    if (rows->defined() && rows->stride(1) != 1) *rows = rows->contiguous();
+  }
+  for (at::Tensor* whole : {&call.expert_offsets, &call.row_token, &call.row_assignment,
+                            &call.assignment_row, &call.weights, &call.preactivations}) {
+    if (whole->defined()) *whole = whole->contiguous();
+  }
+  return call;
 }
 
 }  // namespace moe_ext

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "checks.h"
+#include "operands.h"
 #include "routing.h"
 
 namespace moe_ext {
@@ -37,10 +38,10 @@ inline RouteOptions check_topk_route(const at::Tensor& logits, int64_t top_k,
                                      const std::optional<at::Tensor>& selection_bias,
                                      const std::optional<at::Tensor>& padding_mask,
                                      const std::optional<at::Tensor>& experts,
-                                     std::string_view score_function, bool norm_topk_prob,
-                                     double routed_scaling_factor, int64_t n_group,
-                                     int64_t topk_group, std::string_view group_score) {
+                                     const RouteArguments& arguments) {
   constexpr const char* op = "topk_route";
+  const auto& [score_function, norm_topk_prob, routed_scaling_factor, n_group, topk_group,
+               group_score] = arguments;
   check_route_inputs(op, logits, padding_mask);
   const int64_t E = logits.size(1);
   check_value(op, "top_k", top_k >= 1 && top_k <= E, top_k, "in 1..E = ", E);

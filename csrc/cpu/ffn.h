@@ -20,7 +20,6 @@ namespace moe_ext::cpu {
 struct Experts : FfnCall {
   int64_t kept = 0;  // how many of the R rows hold something
   Dtype dtype = Dtype::f32;
-  bool batch_invariant = false;
 
   const int32_t* offsets() const { return expert_offsets.const_data_ptr<int32_t>(); }
 };
@@ -28,13 +27,13 @@ struct Experts : FfnCall {
 // Reads the plan, so that no kernel can leave its arrays.
 Experts check_memory(const char* op, FfnCall arguments);
 
-// Room for the preactivations that a backward pass needs, its tail zero; shape (0) if none does.
-at::Tensor preactivations_of(const Experts& experts, bool keep);
+// Room for the preactivations, if they are to be kept, its tail zero; else of shape (0).
+at::Tensor preactivations_of(const Experts& experts);
 
-// y_t (x's dtype) = the sum of token t's rows (ld elements apart), by `weight` (T, K) or
-// by 1 where that is null, in the order of j.
+// y_t (x's dtype) = the sum of token t's rows, by `weight` (T, K) or by 1 where that is null, in
+// the order of j.
 template <class T>
-void combine_tokens(const Experts& experts, const at::Tensor& y, const T* rows, int64_t ld,
+void combine_tokens(const Experts& experts, const at::Tensor& y, const WorkspaceRows<T>& rows,
                     const T* weight);
 
 // Calls body(P()) with the type of this call's operands, see kernels.h.
@@ -45,30 +44,37 @@ auto with_operands(const Experts& experts, Body body) {
   return body(float());
 }
 
-// A block of memory for rows of operands or sums.
-template <class T>
-at::Tensor workspace(int64_t elements) {
-  constexpr at::ScalarType dtype = sizeof(T) == 8   ? at::kDouble
-                                   : sizeof(T) == 4 ? at::kFloat
-                                                    : at::kBFloat16;
-  return empty_large({elements}, at::TensorOptions(dtype));
-}
-
-// Every kept row through its expert. Row r of `out` (out_dtype, out_stride elements
-// apart) is the expert's output; `kept` receives the preactivations unless it is null.
+// Every kept row through its expert. `kept` receives the preactivations unless it is null.
 template <class P>
-void ffn_forward(const Experts& experts, void* out, Dtype out_dtype, int64_t out_stride,
-                 void* kept);
+void ffn_forward(const Experts& experts, const RowsOut& out, void* kept);
 
 struct FfnGradients {
   at::Tensor x, up_proj, down_proj, up_bias, down_bias;  // of shape (0) where not asked for
 };
 
-// From the rows' upstream gradients and `weight` (R; null: 1) to the gradients that the mask
-// asks for. score (R), unless null, receives the gradient of each row's weight.
+// From the rows' upstream gradients and `weight` (R; null: 1) to the gradients that are wanted.
+// score (R), unless null, receives the gradient of each row's weight.
 template <class P>
-FfnGradients ffn_backward(const Experts& experts, Rows upstream, const Sum<P>* weight,
-                          Sum<P>* score, const at::Tensor& preactivations,
-                          std::array<bool, 5> mask);
+FfnGradients ffn_backward(const Experts& experts, const Rows& upstream, const Sum<P>* weight,
+                          Sum<P>* score);
+
+// ---- what both passes read
+
+template <class T>
+T* data(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.numel() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+// Outputs begin, begin + step, ... of an expert's weight as W(n, k), k being its inputs; the
+// other way round where `swapped`.
+Weight weight_of(const Experts& experts, const at::Tensor& weight, int64_t expert,
+                 int64_t begin = 0, int64_t step = 1, bool swapped = false);
+
+// A bias in the type of sums; undefined where there is none.
+template <class T>
+at::Tensor in_sums_type(const at::Tensor& bias) {
+  if (!bias.defined()) return bias;
+  return bias.to(sizeof(T) == 8 ? at::kDouble : at::kFloat).contiguous();
+}
 
 }  // namespace moe_ext::cpu

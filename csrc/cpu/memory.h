@@ -11,9 +11,40 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "cpu/kernels/layouts.h"
+
 namespace moe_ext::cpu {
 
 // Like at::empty on the CPU.
 at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// Elements that live inside one call.
+template <class T>
+class Workspace {
+ public:
+  explicit Workspace(int64_t elements)
+      : bytes_(empty_large({elements * int64_t(sizeof(T))}, at::TensorOptions(at::kByte))) {}
+  T* data() const { return static_cast<T*>(bytes_.mutable_data_ptr()); }
+  T& operator[](int64_t i) const { return data()[i]; }
+
+ private:
+  at::Tensor bytes_;
+};
+
+// Rows of operands or sums in such memory.
+template <class T>
+class WorkspaceRows {
+ public:
+  WorkspaceRows(int64_t rows, int64_t cols) : cols_(cols), memory_(rows * padded<T>(cols)) {}
+  Matrix<T> part(int64_t begin, int64_t count) const {
+    return {memory_.data() + begin * padded<T>(cols_), count, cols_, padded<T>(cols_)};
+  }
+  Rows rows() const { return {memory_.data(), Operand<T>::dtype, padded<T>(cols_)}; }
+  RowsOut out() const { return {memory_.data(), Operand<T>::dtype, padded<T>(cols_)}; }
+
+ private:
+  int64_t cols_;
+  Workspace<T> memory_;
+};
 
 }  // namespace moe_ext::cpu

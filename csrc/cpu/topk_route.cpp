@@ -16,9 +16,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <numeric>
-#include <tuple>
 #include <vector>
 
 #include "cpu/route_row.h"
@@ -262,14 +262,14 @@ at::Tensor read_experts(const char* op, const at::Tensor& experts) {
   return copy;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> topk_route(
-    const at::Tensor& logits, int64_t top_k, const std::optional<at::Tensor>& selection_bias,
-    const std::optional<at::Tensor>& padding_mask, const std::optional<at::Tensor>& experts,
-    std::string_view score_function, bool norm_topk_prob, double routed_scaling_factor,
-    int64_t n_group, int64_t topk_group, std::string_view group_score) {
-  const RouteOptions o =
-      check_topk_route(logits, top_k, selection_bias, padding_mask, experts, score_function,
-                       norm_topk_prob, routed_scaling_factor, n_group, topk_group, group_score);
+std::array<at::Tensor, 5> topk_route(Arguments& args) {
+  const at::Tensor& logits = args.tensor("logits");
+  const int64_t top_k = args.integer("top_k");
+  const auto selection_bias = args.optional_tensor("selection_bias");
+  const auto padding_mask = args.optional_tensor("padding_mask");
+  const auto experts = args.optional_tensor("experts");
+  const RouteOptions o = check_topk_route(logits, top_k, selection_bias, padding_mask, experts,
+                                          RouteArguments::read(args));
   const int64_t T = logits.size(0), E = logits.size(1);
   at::Tensor chosen = o.replay ? read_experts("topk_route", *experts)
                                : at::empty({T, top_k}, logits.options().dtype(at::kInt));
@@ -359,7 +359,7 @@ at::Tensor topk_route_backward(const std::optional<at::Tensor>& grad_weights,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("topk_route", &topk_route);
+  m.impl("topk_route", kernel<&topk_route>());
   m.impl("topk_route_backward", &topk_route_backward);
 }
 

@@ -25,10 +25,10 @@ const void* pointer(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
-cuda::GemmContext context_of(const OnDevice& device, const FfnCall& call, bool batch_invariant) {
-  return {dtype_of(call.x),    device.sm(),     device.sm_count(),
-          allows_tf32(call.x), batch_invariant, call.tokens,
-          call.rows,           call.experts,    call.expert_offsets.const_data_ptr<int32_t>()};
+cuda::GemmContext context_of(const OnDevice& device, const FfnCall& call) {
+  return {dtype_of(call.x),    device.sm(),          device.sm_count(),
+          allows_tf32(call.x), call.batch_invariant, call.tokens,
+          call.rows,           call.experts,         call.expert_offsets.const_data_ptr<int32_t>()};
 }
 
 // A (rows, columns) matrix of our own, or a tensor of tokens that rows are gathered from.
@@ -66,12 +66,13 @@ cuda::Epilogue activation(cuda::EpilogueKind kind, const FfnCall& call, const at
   return e;
 }
 
-void check_rows(const char* op, const FfnCall& call, const at::Tensor& row_assignment) {
+void check_rows(const char* op, const FfnCall& call) {
   const int64_t used = check_offsets(op, call.expert_offsets, call.rows);
   check_indices(op, "row_token", call.row_token, call.tokens, false, used);
   check_indices(op, "assignment_row", call.assignment_row, call.rows, true);
-  if (row_assignment.defined()) {
-    check_indices(op, "row_assignment", row_assignment, call.assignment_row.numel(), false, used);
+  if (call.row_assignment.defined()) {
+    check_indices(op, "row_assignment", call.row_assignment, call.assignment_row.numel(), false,
+                  used);
   }
 }
 
@@ -81,21 +82,19 @@ at::Tensor contiguous(const at::Tensor& bias) { return bias.defined() ? bias.con
 
 // ---- forward
 
-FfnRows ffn_forward(const char* op, const OnDevice& device, const FfnCall& call,
-                    bool keep_preactivations, bool batch_invariant,
-                    const at::Tensor& row_assignment) {
-  check_rows(op, call, row_assignment);
+FfnRows ffn_forward(const char* op, const OnDevice& device, const FfnCall& call) {
+  check_rows(op, call);
   const auto options = call.x.options();
-  const cuda::GemmContext context = context_of(device, call, batch_invariant);
-  FfnRows result{
-      at::empty({call.rows, call.hidden}, options),
-      keep_preactivations ? at::empty({call.rows, call.width}, options) : at::empty({0}, options)};
+  const cuda::GemmContext context = context_of(device, call);
+  FfnRows result{at::empty({call.rows, call.hidden}, options),
+                 call.keep_preactivations ? at::empty({call.rows, call.width}, options)
+                                          : at::empty({0}, options)};
   const at::Tensor up_bias = contiguous(call.up_bias), down_bias = contiguous(call.down_bias);
   const at::Tensor activations = at::empty({call.rows, call.intermediate}, options);
 
   cuda::Epilogue up = activation(cuda::EpilogueKind::kActivate, call, activations);
   up.bias = pointer(up_bias);
-  if (keep_preactivations) up.kept = result.preactivations.mutable_data_ptr();
+  if (call.keep_preactivations) up.kept = result.preactivations.mutable_data_ptr();
   check_launch(op, cuda::rows_gemm({context, call.hidden, gathered(call.x, call),
                                     matrix_of(call.up_proj, call.out_dim(), call.in_dim()), up},
                                    device.stream()));
@@ -103,15 +102,15 @@ FfnRows ffn_forward(const char* op, const OnDevice& device, const FfnCall& call,
                                     matrix_of(call.down_proj, call.out_dim(), call.in_dim()),
                                     store(result.rows, down_bias)},
                                    device.stream()));
-  if (keep_preactivations) zero_tail(op, device, call, result.preactivations);
+  if (call.keep_preactivations) zero_tail(op, device, call, result.preactivations);
   return result;
 }
 
 void zero_tail(const char* op, const OnDevice& device, const FfnCall& call,
                const at::Tensor& rows) {
-  check_launch(
-      op, cuda::zero_tail({context_of(device, call, false), rows.mutable_data_ptr(), rows.size(1)},
-                          device.stream()));
+  check_launch(op,
+               cuda::zero_tail({context_of(device, call), rows.mutable_data_ptr(), rows.size(1)},
+                               device.stream()));
 }
 
 at::Tensor combine_tokens(const char* op, const OnDevice& device, const FfnCall& call,
@@ -136,17 +135,16 @@ at::Tensor combine_tokens(const char* op, const OnDevice& device, const FfnCall&
 // ---- backward
 
 std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& device,
-                                                const FfnCall& call, const Upstream& upstream,
-                                                const at::Tensor& preactivations,
-                                                std::array<bool, kGradients> wanted) {
-  check_rows(op, call, upstream.row_assignment);
+                                                const FfnCall& call) {
+  check_rows(op, call);
   const auto options = call.x.options();
-  const cuda::GemmContext context = context_of(device, call, false);
-  const bool weighted = upstream.weights.defined();
-  const cuda::Dtype weights_dtype = weighted ? dtype_of(upstream.weights) : cuda::Dtype::f32;
+  const cuda::GemmContext context = context_of(device, call);
+  const auto& wanted = call.wanted;
+  const bool weighted = call.weights.defined();
+  const cuda::Dtype weights_dtype = weighted ? dtype_of(call.weights) : cuda::Dtype::f32;
   const int32_t* row_assignment =
-      weighted ? upstream.row_assignment.const_data_ptr<int32_t>() : nullptr;
-  const cuda::RowMatrix dy = weighted ? gathered(upstream.dy, call) : rows_of(upstream.dy);
+      weighted ? call.row_assignment.const_data_ptr<int32_t>() : nullptr;
+  const cuda::RowMatrix dy = weighted ? gathered(call.upstream, call) : rows_of(call.upstream);
   const cuda::RowMatrix x = gathered(call.x, call);
 
   std::array<at::Tensor, kGradients> gradients;
@@ -162,9 +160,9 @@ std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& 
                         matrix_of(call.down_proj, call.in_dim(), call.out_dim()),
                         activation(cuda::EpilogueKind::kBackward, call, wa)};
     cuda::Epilogue& e = gemm.epilogue;
-    e.kept = const_cast<void*>(preactivations.const_data_ptr());
+    e.kept = const_cast<void*>(call.preactivations.const_data_ptr());
     e.dh = want_dh ? dh.mutable_data_ptr() : nullptr;
-    e.weights = pointer(upstream.weights);
+    e.weights = pointer(call.weights);
     e.weights_dtype = weights_dtype;
     e.row_assignment = row_assignment;
     e.assignments = call.assignment_row.numel();
@@ -179,7 +177,7 @@ std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& 
     if (wanted[kWeights]) {
       const at::Tensor down_bias = contiguous(call.down_bias);
       at::Tensor& dweights = gradients[kWeights];
-      dweights = at::empty({call.tokens, call.top_k}, upstream.weights.options());
+      dweights = at::empty({call.tokens, call.top_k}, call.weights.options());
       check_launch(
           op, cuda::score_gradient({context, dweights.numel(), tiles, call.hidden,
                                     call.assignment_row.const_data_ptr<int32_t>(), row_assignment,
@@ -220,7 +218,7 @@ std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& 
                          device.stream()));
   };
   if (wanted[kUpBias]) bias_gradient(kUpBias, call.width, rows_of(dh), {});
-  if (wanted[kDownBias]) bias_gradient(kDownBias, call.hidden, dy, upstream.weights);
+  if (wanted[kDownBias]) bias_gradient(kDownBias, call.hidden, dy, call.weights);
   return gradients;
 }
 

@@ -21,23 +21,11 @@ struct FfnRows {
   at::Tensor preactivations;  // (R, 2I or I), the tail 0; of shape (0) where not asked for
 };
 
-FfnRows ffn_forward(const char* op, const OnDevice& device, const FfnCall& call,
-                    bool keep_preactivations, bool batch_invariant,
-                    const at::Tensor& row_assignment = {});
+FfnRows ffn_forward(const char* op, const OnDevice& device, const FfnCall& call);
 
-// Where rows come from and what they are weighted by, on the way back.
-struct Upstream {
-  at::Tensor dy;                       // (R, H), or (T, H) where `weights` is defined
-  at::Tensor weights, row_assignment;  // (T, K) and (R), contiguous; or undefined: weights of 1
-};
-
-enum Gradient { kX, kWeights, kUpProj, kDownProj, kUpBias, kDownBias, kGradients };
-
-// Of shape (0) where the mask does not ask for it, or where there is no such tensor.
+// Of shape (0) where the call does not ask for it, or where there is no such tensor.
 std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& device,
-                                                const FfnCall& call, const Upstream& upstream,
-                                                const at::Tensor& preactivations,
-                                                std::array<bool, kGradients> wanted);
+                                                const FfnCall& call);
 
 // out (T, H) = every token's rows, by `weights` (T, K) or, where that is undefined, by 1.
 at::Tensor combine_tokens(const char* op, const OnDevice& device, const FfnCall& call,

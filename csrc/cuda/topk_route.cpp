@@ -9,7 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <tuple>
+#include <array>
 
 #include "cuda/device.h"
 #include "cuda/kernels/topk_route.h"
@@ -33,14 +33,14 @@ void with_accumulation(const at::Tensor& logits, const F& f) {
   logits.scalar_type() == at::kDouble ? f(double{}) : f(float{});
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> topk_route(
-    const at::Tensor& logits, int64_t top_k, const std::optional<at::Tensor>& selection_bias,
-    const std::optional<at::Tensor>& padding_mask, const std::optional<at::Tensor>& experts,
-    std::string_view score_function, bool norm_topk_prob, double routed_scaling_factor,
-    int64_t n_group, int64_t topk_group, std::string_view group_score) {
-  const RouteOptions options =
-      check_topk_route(logits, top_k, selection_bias, padding_mask, experts, score_function,
-                       norm_topk_prob, routed_scaling_factor, n_group, topk_group, group_score);
+std::array<at::Tensor, 5> topk_route(Arguments& args) {
+  const at::Tensor& logits = args.tensor("logits");
+  const int64_t top_k = args.integer("top_k");
+  const auto selection_bias = args.optional_tensor("selection_bias");
+  const auto padding_mask = args.optional_tensor("padding_mask");
+  const auto experts = args.optional_tensor("experts");
+  const RouteOptions options = check_topk_route(logits, top_k, selection_bias, padding_mask,
+                                                experts, RouteArguments::read(args));
   const OnDevice device(logits);
   const int64_t T = logits.size(0), E = logits.size(1);
   const bool is_double = logits.scalar_type() == at::kDouble;
@@ -130,7 +130,7 @@ at::Tensor topk_route_backward(const std::optional<at::Tensor>& grad_weights,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_ext, MOE_EXT_CUDA_KEY, m) {
-  m.impl("topk_route", &topk_route);
+  m.impl("topk_route", kernel<&topk_route>());
   m.impl("topk_route_backward", &topk_route_backward);
 }
 

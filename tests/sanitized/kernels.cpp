@@ -1,5 +1,5 @@
 // The CPU's matrix kernels under the address sanitizer: sizes with every tail, every operand and
-// every scratch in a block of memory of just the size that kernels.h asks for. Results are compared
+// every scratch in a piece of memory of just the size that kernels.h asks for. Results are compared
 // with plain loops in double, so that a tile which skips its work is not called clean.
 //
 // Usage: kernels [operand ...], of float, double and bf16; prints one line for each. Built and run
@@ -66,7 +66,7 @@ void judge(const char* what, double error, double size, const std::string& sizes
   ++failures;
 }
 
-// c = a W^T of rows turned over where they can be, then stored; and of rows as they are. W's rows
+// c = a W^T of rows packed where they can be, then stored; and of rows as they are. W's rows
 // are `apart` elements further from each other than they are long.
 template <class P>
 void products(int64_t m, int64_t n, int64_t k, bool along_k, int64_t apart) {
@@ -80,23 +80,26 @@ void products(int64_t m, int64_t n, int64_t k, bool along_k, int64_t apart) {
   x.draw();
   w.draw();
   const Weight weight = {w.data, Operand<P>::dtype, along_k ? ld : 1, along_k ? 1 : ld};
-  const int64_t turned = along_k ? kernel.turned_rows(m, weight.dtype) : 0;
-  Memory<P> block(block_size<P>(m, k));
-  Memory<T> product(block_size<T>(m, n)), stored(m * n), rows(m * padded<T>(n));
+  const int64_t packed = along_k ? kernel.packed_rows(m, weight.dtype) : 0;
+  Memory<P> a(block_size<P>(m, k));
+  Memory<T> c(block_size<T>(m, n)), stored(m * n), rows(m * padded<T>(n));
   Memory<char> scratch(kernel.matmul_scratch(m, k)), again(kernel.matmul_scratch(m, k));
-  const Rows source = {x.data, Operand<P>::dtype, k, nullptr};
-  kernel.load_block(block.data, source, m, turned, k);
-  kernel.matmul_block(product.data, block.data, m, turned, weight, k, 0, n, Scratch{scratch.data});
-  kernel.store_block(stored.data, Operand<T>::dtype, n, product.data, m, turned, n, nullptr);
+  const Rows source = {x.data, Operand<P>::dtype, k};
+  const Block<P> block = {a.data, m, packed, k};
+  const Block<T> product = {c.data, m, packed, n};
+  kernel.load_block(block, source);
+  kernel.matmul_block(product, block, weight, 0, Scratch{scratch.data});
+  kernel.store_block({stored.data, Operand<T>::dtype, n}, product, nullptr);
   Memory<P> loaded(m * padded<P>(k));
-  kernel.load_rows(loaded.data, source, m, k);
-  kernel.matmul(rows.data, loaded.data, padded<P>(k), m, weight, k, 0, n, Scratch{again.data});
+  const Matrix<P> plain_x = {loaded.data, m, k, padded<P>(k)};
+  kernel.load_rows(plain_x, source);
+  kernel.matmul({rows.data, m, n, padded<T>(n)}, plain_x, weight, 0, Scratch{again.data});
   double blocks = 0, plain = 0;
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       double sum = 0;
-      for (int64_t c = 0; c < k; ++c)
-        sum += get(x.data[i * k + c]) * get(w.data[j * weight.stride_n + c * weight.stride_k]);
+      for (int64_t l = 0; l < k; ++l)
+        sum += get(x.data[i * k + l]) * get(w.data[j * weight.stride_n + l * weight.stride_k]);
       blocks += std::pow(stored.data[i * n + j] - sum, 2);
       plain += std::pow(rows.data[i * padded<T>(n) + j] - sum, 2);
     }
@@ -118,8 +121,10 @@ void outer(int64_t rows, int64_t m, int64_t n) {
   q.draw();
   Memory<T> out(m * n);
   Memory<char> scratch(kernel.outer_scratch(m - m0));
-  kernel.outer(out.data, Operand<T>::dtype, n, false, {p.data, Operand<P>::dtype, m, nullptr}, m0,
-               m, {q.data, Operand<P>::dtype, n, nullptr}, n, rows, Scratch{scratch.data});
+  const Rows p_rows = {p.data, Operand<P>::dtype, m}, q_rows = {q.data, Operand<P>::dtype, n};
+  const RowsOut to = {out.data, Operand<T>::dtype, n};
+  kernel.outer({to.from_row(m0), false, p_rows.from_column(m0), q_rows, m - m0, n, rows},
+               Scratch{scratch.data});
   double error = 0;
   for (int64_t i = m0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {

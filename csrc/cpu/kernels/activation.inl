@@ -60,15 +60,14 @@ inline Columns columns_of(const ActivationSpec& spec, int64_t i0, int64_t interm
 // The last block also zeroes a row's padding: matmul reads whole vectors along k.
 template <class P>
 inline void zero_padding(P* row, int64_t cols) {
-  std::fill(row + cols, row + round_up(cols, kPadBytes / sizeof(P)), P());
+  std::fill(row + cols, row + round_up(cols, kLineBytes / sizeof(P)), P());
 }
 
 // Preactivations of some columns of one row, to memory.
 template <class T>
-MOE_INLINE void keep(void* row, Dtype dtype, const Columns& at, const T* g, const T* u,
-                     int64_t count) {
-  with_storage<T>(dtype, [&](auto stored) {
-    auto* h = static_cast<decltype(stored)*>(row);
+MOE_INLINE void keep(const RowsOut& row, const Columns& at, const T* g, const T* u, int64_t count) {
+  with_storage<T>(row.dtype, [&](auto stored) {
+    auto* h = static_cast<decltype(stored)*>(row.data);
     if (at.step == 1) {
       convert_out(h + at.gate, g, count);
       if (u) convert_out(h + at.up, u, count);
@@ -92,119 +91,128 @@ MOE_INLINE V<T> activated(V<T> x, const T* u, const ActivationSpec& spec) {
   return phi<T, kind>(x, T(spec.alpha)).value * (v + T(spec.up_offset));
 }
 
-// Rows as they are.
+// One row as it is: `a` is its activations' first column.
 template <class P, class T = Sum<P>>
-void activate_rows(P* a, int64_t lda, T* gate, T* up, int64_t ldc, int64_t m, int64_t i0,
-                   int64_t i1, int64_t intermediate, const ActivationSpec& spec, const T* bias,
-                   void* kept, Dtype dtype, int64_t stride) {
+MOE_INLINE void activate_row(P* a, T* g, T* u, int64_t count, const Columns& at,
+                             const Preactivations<T>& h, const RowsOut& kept) {
   constexpr int lanes = Simd<T>::lanes;
-  const int64_t count = i1 - i0;
-  const Columns at = columns_of(spec, i0, intermediate);
-  for (int64_t r = 0; r < m; ++r) {
-    T *g = gate + r * ldc, *u = up ? up + r * ldc : nullptr;
-    P* out = a + r * lda + i0;
-    if (bias) {
-      for (int64_t i = 0; i < count; ++i) g[i] += bias[at.gate + i * at.step];
-      if (u) {
-        for (int64_t i = 0; i < count; ++i) u[i] += bias[at.up + i * at.step];
-      }
-    }
-    if (kept) keep(static_cast<char*>(kept) + r * stride * size_of(dtype), dtype, at, g, u, count);
-    with_activation(spec.phi, [&](auto kind) {
-      for (int64_t i = 0; i < count; i += lanes) {
-        const V<T> y = activated<T, kind>(load(g + i), u ? u + i : nullptr, spec);
-        if (i + lanes <= count) {
-          store_as(out + i, y);
-        } else {
-          for (int64_t l = 0; i + l < count; ++l) from_compute(out[i + l], y[l]);
-        }
-      }
-    });
-    if (i1 == intermediate) zero_padding(a + r * lda, intermediate);
-  }
-}
-
-// Turned rows, column by column.
-template <class L, class T = LaneSum<L>>
-void activate_turned(const Panels<L>& a, int64_t intermediate, const Product<T>& gate,
-                     const Product<T>* up, int64_t turned, int64_t i0, int64_t i1,
-                     const ActivationSpec& spec, const T* bias, void* kept, Dtype dtype,
-                     int64_t stride) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  const int64_t ld = gate.ld;
-  const auto turn_back = [&](const Product<T>& from, int64_t i, int64_t r, T(&rows)[lanes][lanes]) {
-    V<T> v[lanes];
-    for (int64_t j = 0; j < lanes; ++j)
-      v[j] = i + j < i1 ? load(from.data + (i + j - i0) * ld + r) : V<T>{};
-    transpose_square<T>(v);
-    for (int64_t j = 0; j < lanes; ++j) store(rows[j], v[j]);
-  };
-  for (int64_t i = i0; bias && i < i1; ++i) {
-    const Columns at = columns_of(spec, i, intermediate);
-    for (int64_t r = 0; r < ld; ++r) gate.data[(i - i0) * ld + r] += bias[at.gate];
-    for (int64_t r = 0; up && r < ld; ++r) up->data[(i - i0) * ld + r] += bias[at.up];
-  }
-  for (int64_t r = 0; kept && r < turned; r += lanes) {
-    for (int64_t i = i0; i < i1; i += lanes) {
-      T g[lanes][lanes], u[lanes][lanes];
-      turn_back(gate, i, r, g);
-      if (up) turn_back(*up, i, r, u);
-      for (int64_t j = 0; j < std::min(lanes, turned - r); ++j) {
-        keep(static_cast<char*>(kept) + (r + j) * stride * size_of(dtype), dtype,
-             columns_of(spec, i, intermediate), g[j], up ? u[j] : nullptr, std::min(lanes, i1 - i));
-      }
+  if (h.bias) {
+    for (int64_t i = 0; i < count; ++i) g[i] += h.bias[at.gate + i * at.step];
+    if (u) {
+      for (int64_t i = 0; i < count; ++i) u[i] += h.bias[at.up + i * at.step];
     }
   }
-  with_activation(spec.phi, [&](auto kind) {
-    a.for_each([&](int64_t first, int64_t width, int64_t) {
-      for (int64_t i = i0; i < i1; i += kElements<L>) {
-        L* to = a.at(first, width, i / kElements<L>);
-        for (int64_t j = 0; j < width * lanes; j += lanes) {
-          const auto column = [&](int64_t c) {
-            const int64_t from = (c - i0) * ld + first * lanes + j;
-            return activated<T, kind>(load(gate.data + from), up ? up->data + from : nullptr, spec);
-          };
-          if constexpr (kElements<L> == 1) {
-            store(to + j, column(i));
-          } else {
-            store(to + j, round_pairs(column(i), i + 1 < i1 ? column(i + 1) : V<T>{}));
-          }
-        }
+  if (kept.data) keep(kept, at, g, u, count);
+  with_activation(h.spec.phi, [&](auto kind) {
+    for (int64_t i = 0; i < count; i += lanes) {
+      const V<T> y = activated<T, kind>(load(g + i), u ? u + i : nullptr, h.spec);
+      if (i + lanes <= count) {
+        store_as(a + i, y);
+      } else {
+        for (int64_t l = 0; i + l < count; ++l) from_compute(a[i + l], y[l]);
       }
-    });
+    }
   });
 }
 
+// Packed rows, column by column.
+template <class L, class T = LaneSum<L>>
+struct PackedActivation {
+  static constexpr int64_t lanes = Simd<T>::lanes;
+  const Micropanels<L>& a;
+  const Preactivations<T>& h;
+  const Product<T>&gate, &up;
+  int64_t packed, i0, i1, intermediate;
+
+  void add_bias() const {
+    for (int64_t i = i0; h.bias && i < i1; ++i) {
+      const Columns at = columns_of(h.spec, i, intermediate);
+      T *g = gate.data + (i - i0) * gate.ld, *u = up.data + (i - i0) * gate.ld;
+      for (int64_t r = 0; r < gate.ld; ++r) g[r] += h.bias[at.gate];
+      for (int64_t r = 0; up.data && r < gate.ld; ++r) u[r] += h.bias[at.up];
+    }
+  }
+
+  // Rows r.. of columns i.. as they are.
+  void unpack(const Product<T>& from, int64_t i, int64_t r, T (&rows)[lanes][lanes]) const {
+    V<T> v[lanes];
+    for (int64_t j = 0; j < lanes; ++j)
+      v[j] = i + j < i1 ? load(from.data + (i + j - i0) * from.ld + r) : V<T>{};
+    transpose_square<T>(v);
+    for (int64_t j = 0; j < lanes; ++j) store(rows[j], v[j]);
+  }
+
+  void keep_rows() const {
+    for (int64_t r = 0; h.kept.data && r < packed; r += lanes) {
+      for (int64_t i = i0; i < i1; i += lanes) {
+        T g[lanes][lanes], u[lanes][lanes];
+        unpack(gate, i, r, g);
+        if (up.data) unpack(up, i, r, u);
+        for (int64_t j = 0; j < std::min(lanes, packed - r); ++j) {
+          keep(h.kept.from_row(r + j), columns_of(h.spec, i, intermediate), g[j],
+               up.data ? u[j] : nullptr, std::min(lanes, i1 - i));
+        }
+      }
+    }
+  }
+
+  void activate() const {
+    with_activation(h.spec.phi, [&](auto kind) {
+      a.for_each([&](int64_t first, int64_t width, int64_t) {
+        for (int64_t i = i0; i < i1; i += kElements<L>) {
+          L* to = a.at(first, width, i / kElements<L>);
+          for (int64_t j = 0; j < width * lanes; j += lanes) {
+            const auto column = [&](int64_t c) {
+              const int64_t from = (c - i0) * gate.ld + first * lanes + j;
+              return activated<T, kind>(load(gate.data + from), up.data ? up.data + from : nullptr,
+                                        h.spec);
+            };
+            if constexpr (kElements<L> == 1) {
+              store(to + j, column(i));
+            } else {
+              store(to + j, round_pairs(column(i), i + 1 < i1 ? column(i + 1) : V<T>{}));
+            }
+          }
+        }
+      });
+    });
+  }
+};
+
 template <class P, class T = Sum<P>>
-void activate_block(P* a, T* gate, T* up, int64_t m, int64_t turned, int64_t i0, int64_t i1,
-                    int64_t intermediate, const ActivationSpec& spec, const T* bias, void* kept,
-                    Dtype dtype, int64_t stride) {
-  const Panels<Lane<P>> panels = panels_of(a, turned, intermediate);
-  const Product<T> g(gate, turned, i1 - i0), u(up, turned, i1 - i0);
-  activate_turned(panels, intermediate, g, up ? &u : nullptr, turned, i0, i1, spec, bias, kept,
-                  dtype, stride);
-  activate_rows(reinterpret_cast<P*>(panels.others()), padded<P>(intermediate), g.others,
-                up ? u.others : nullptr, padded<T>(i1 - i0), m - turned, i0, i1, intermediate, spec,
-                bias, kept ? static_cast<char*>(kept) + turned * stride * size_of(dtype) : nullptr,
-                dtype, stride);
+void activate_block(const Block<P>& a, const Preactivations<T>& h, int64_t i0) {
+  using L = Lane<P>;
+  const int64_t count = h.gate.cols, intermediate = a.cols;
+  const Micropanels<L> panels(a);
+  const Product<T> gate(h.gate), up(h.up);
+  const PackedActivation<L> packed{panels, h, gate, up, a.packed, i0, i0 + count, intermediate};
+  packed.add_bias();
+  packed.keep_rows();
+  packed.activate();
+  const Columns at = columns_of(h.spec, i0, intermediate);
+  for (int64_t r = 0; r < gate.others.rows; ++r) {
+    P* row = reinterpret_cast<P*>(panels.others.data) + r * padded<P>(intermediate);
+    T *g = gate.others.data + r * gate.others.ld, *u = up.others.data + r * up.others.ld;
+    const RowsOut kept = h.kept.data ? h.kept.from_row(a.packed + r) : h.kept;
+    activate_row(row + i0, g, h.up.data ? u : nullptr, count, at, h, kept);
+    if (i0 + count == intermediate) zero_padding(row, intermediate);
+  }
 }
 
 template <class P, class T = Sum<P>>
-void activate_backward(P* dh, int64_t ld_dh, P* wa, int64_t ld_wa, T* score, const T* da,
-                       int64_t ld_da, const void* h, Dtype dtype, int64_t stride, const T* weight,
-                       int64_t m, int64_t i0, int64_t i1, int64_t intermediate,
-                       const ActivationSpec& spec) {
+void activate_backward(const ActivationBackward<P>& to, const Matrix<T>& da, int64_t i0) {
   constexpr int lanes = Simd<T>::lanes;
-  const int64_t count = i1 - i0, width = spec.gated ? 2 * intermediate : intermediate;
+  const ActivationSpec& spec = to.spec;
+  const int64_t count = da.cols, intermediate = to.wa.cols;
   const Columns at = columns_of(spec, i0, intermediate);
   const V<T> limit = splat(T(spec.limit)), zero = {};
   // A vector may hang over the block's end.
   T g[kActivateColumns + lanes] = {}, u[kActivateColumns + lanes] = {},
                          d[kActivateColumns + lanes] = {};
   T dg[kActivateColumns + lanes], du[kActivateColumns + lanes], scaled[kActivateColumns + lanes];
-  for (int64_t r = 0; r < m; ++r) {
-    with_storage<T>(dtype, [&](auto stored) {
-      const auto* row = static_cast<const decltype(stored)*>(h) + r * stride;
+  for (int64_t r = 0; r < da.rows; ++r) {
+    with_storage<T>(to.h.dtype, [&](auto stored) {
+      const auto* row = row_of<decltype(stored)>(to.h, r);
       if (at.step == 1) {
         convert_in(g, row + at.gate, count);
         if (spec.gated) convert_in(u, row + at.up, count);
@@ -215,8 +223,8 @@ void activate_backward(P* dh, int64_t ld_dh, P* wa, int64_t ld_wa, T* score, con
         }
       }
     });
-    std::copy(da + r * ld_da, da + r * ld_da + count, d);
-    const V<T> w = splat(weight ? weight[r] : T(1));
+    std::copy(da.data + r * da.ld, da.data + r * da.ld + count, d);
+    const V<T> w = splat(to.weight ? to.weight[r] : T(1));
     V<T> inner = zero;
     with_activation(spec.phi, [&](auto kind) {
       for (int64_t i = 0; i < count; i += lanes) {
@@ -241,20 +249,20 @@ void activate_backward(P* dh, int64_t ld_dh, P* wa, int64_t ld_wa, T* score, con
         }
       }
     });
-    if (score) {
+    if (to.score) {
       T sum = 0;
       for (int l = 0; l < lanes; ++l) sum += inner[l];
-      score[r] += sum;
+      to.score[r] += sum;
     }
-    P *to = dh + r * ld_dh, *activated = wa + r * ld_wa;
-    convert_out(activated + i0, scaled, count);
-    for (int64_t i = 0; i < count; ++i) from_compute(to[at.gate + i * at.step], dg[i]);
+    P *dh = to.dh.data + r * to.dh.ld, *wa = to.wa.data + r * to.wa.ld;
+    convert_out(wa + i0, scaled, count);
+    for (int64_t i = 0; i < count; ++i) from_compute(dh[at.gate + i * at.step], dg[i]);
     if (spec.gated) {
-      for (int64_t i = 0; i < count; ++i) from_compute(to[at.up + i * at.step], du[i]);
+      for (int64_t i = 0; i < count; ++i) from_compute(dh[at.up + i * at.step], du[i]);
     }
-    if (i1 == intermediate) {
-      zero_padding(to, width);
-      zero_padding(activated, intermediate);
+    if (i0 + count == intermediate) {
+      zero_padding(dh, to.dh.cols);
+      zero_padding(wa, intermediate);
     }
   }
 }

@@ -25,10 +25,10 @@
 namespace moe_ext::cpu {
 namespace avx2 {
 
-constexpr int kTallTileNT = 6, kTileNT = 1, kTileNN = 6, kTileWide = 3;
-constexpr int kPanelVectors = 3, kTileSums = 12;
+constexpr int MR_NT_FEW = 6, MR_NT = 1, MR_NN = 6, MR_WIDE = 3;
+constexpr int NR_VECTORS = 3, kRegisterSums = 12;
 // Eight rows, often a power of two apart, would take all ways of the first-level cache.
-constexpr int kWeightRowsNT = 4;
+constexpr int kWeightRowsAtOnce = 4;
 // The processor's own prefetcher follows one stream in a page.
 constexpr int64_t kShortRow = 2048;
 constexpr int kDepthUnroll = 4;

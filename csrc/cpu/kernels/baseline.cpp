@@ -13,9 +13,9 @@
 namespace moe_ext::cpu {
 namespace baseline {
 
-constexpr int kTallTileNT = 2, kTileNT = 1, kTileNN = 4, kTileWide = 2;
-constexpr int kPanelVectors = 1, kTileSums = 8;
-constexpr int kWeightRowsNT = 8;
+constexpr int MR_NT_FEW = 2, MR_NT = 1, MR_NN = 4, MR_WIDE = 2;
+constexpr int NR_VECTORS = 1, kRegisterSums = 8;
+constexpr int kWeightRowsAtOnce = 8;
 constexpr int64_t kShortRow = 0;
 constexpr int kDepthUnroll = 1;
 constexpr bool kManyReadInPlace = true;

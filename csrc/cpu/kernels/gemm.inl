@@ -1,86 +1,90 @@
-// Matrix products of blocks, cut into register tiles (tiles.inl), whose k counts lanes (of
-// pairs, where operands are bf16). Every k runs upwards in chunks, so a sum has the same bits
-// whichever rows and columns lie beside it, as long as the same kind of tile takes it.
+// Products of blocks with weights, over microkernels.inl; k counts lanes (of pairs, where operands
+// are bf16). Every k runs upwards in chunks, so a sum has the same bits whichever rows and columns
+// lie beside it, as long as the same microkernel takes it.
 
-constexpr int64_t kDepthChunkNN = 128;
+constexpr int64_t KC_NN = 128;
 
 // ---- c = a W^T, W's rows along k
 
-// Turned rows come as `panels` and go to `product`; `others` rows come as a, and go to
-// product.others.
+template <class L>
+constexpr int64_t weight_copy_stride(int64_t k) {
+  return padded<L>(std::min(k, KC));
+}
+
+// `copy` holds kWeightRows rows of weights, copy_stride apart.
 template <class L, class S, class T = LaneSum<L>>
-void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const L>& panels, const L* a,
-               int64_t lda, int64_t others, Weight w, int64_t elements, int64_t n0, int64_t n1,
-               L* scratch) {
-  // What tiles find where weights lie: the lanes of operands, or what they convert to lanes.
+void matmul_nt(const Product<T>& c, const Micropanels<L>& a, const Weight& w, int64_t elements,
+               int64_t n0, int64_t n1, L* copy) {
+  // What microkernels find where weights lie: the lanes of operands, or what they convert to lanes.
   using InPlace = std::conditional_t<kElements<L> == 2, L, S>;
   constexpr bool same = __is_same(InPlace, L);
-  constexpr int64_t lanes = Simd<L>::lanes, one = sizeof(InPlace), line = kPadBytes / one;
-  const int64_t k = lanes_of<L>(elements), copy_stride = padded<L>(std::min(k, kDepthChunk));
+  constexpr int64_t lanes = Simd<L>::lanes, one = sizeof(InPlace), line = kLineBytes / one;
+  const int64_t k = lanes_of<L>(elements), copy_stride = weight_copy_stride<L>(k);
   const bool whole_lanes = w.stride_n % kElements<L> == 0;
   const int64_t stride_n = w.stride_n / kElements<L>;
-  const bool turned = panels.vectors > 0;
+  const bool packed = a.vectors > 0;
   // Of few rows memory is the limit: they read weights where they lie, in one or two tall tiles,
   // and to the rows' ends before other rows begin.
-  const bool few = !turned && others <= 2 * kTallTileNT;
-  const int64_t tallest = few ? kTallTileNT : kTileNT, span = few ? kOctet : n1 - n0;
-  // Panels lie in chunks of kDepthChunk; without them chunks are alike, so that a short one never
+  const bool few = !packed && a.others.rows <= 2 * MR_NT_FEW;
+  const int64_t tallest = few ? MR_NT_FEW : MR_NT, span = few ? kWeightRows : n1 - n0;
+  // Micropanels lie in chunks of KC; without them chunks are alike, so that a short one never
   // has to prefetch a long one.
-  const int64_t chunks = (k + kDepthChunk - 1) / kDepthChunk;
-  const int64_t deepest = turned ? kDepthChunk : round_up((k + chunks - 1) / chunks, line);
+  const int64_t chunks = (k + KC - 1) / KC;
+  const int64_t deepest = packed ? KC : round_up((k + chunks - 1) / chunks, line);
   for (int64_t begin = n0; begin < n1; begin += span)
     for (int64_t k0 = 0; k0 < k; k0 += deepest) {
       const int64_t depth = std::min(deepest, k - k0), whole = round_up(depth, lanes);
       const bool adds = k0 > 0;
-      for (int64_t n = begin, end = std::min(begin + span, n1); n < end; n += kOctet) {
-        const int64_t count = std::min<int64_t>(kOctet, n1 - n);
+      for (int64_t n = begin, end = std::min(begin + span, n1); n < end; n += kWeightRows) {
+        const int64_t count = std::min<int64_t>(kWeightRows, n1 - n);
         const S* from = static_cast<const S*>(w.data) + n * w.stride_n + k0 * kElements<L>;
         const InPlace* source = reinterpret_cast<const InPlace*>(from);
-        const InPlace* after = source + kOctet * stride_n;
+        const InPlace* after = source + kWeightRows * stride_n;
         if (few) after = k0 + depth < k ? source + depth : after - k0;
         const char* next = reinterpret_cast<const char*>(after);
-        // Whole lanes of operands, or any for tiles that convert as they read, are taken from
-        // where they lie; others through a converted copy, padded with zeros.
+        // Whole lanes of operands, or any for microkernels that convert as they read, are taken
+        // from where they lie; others through a converted copy, padded with zeros.
         const int64_t filled = std::min(depth * kElements<L>, elements - k0 * kElements<L>);
         const bool in_place =
-            count == kOctet && filled == whole * kElements<L> && whole_lanes && (same || few);
+            count == kWeightRows && filled == whole * kElements<L> && whole_lanes && (same || few);
         if (!in_place) {
-          for (int64_t r = 0; r < kOctet; ++r) {
-            auto* copy = reinterpret_cast<Element<L>*>(scratch + r * copy_stride);
+          for (int64_t r = 0; r < kWeightRows; ++r) {
+            auto* to = reinterpret_cast<Element<L>*>(copy + r * copy_stride);
             const int64_t columns = r < count ? filled : 0;
-            if (columns) convert_in(copy, from + r * w.stride_n, columns);
-            std::fill(copy + columns, copy + whole * kElements<L>, Element<L>());
+            if (columns) convert_in(to, from + r * w.stride_n, columns);
+            std::fill(to + columns, to + whole * kElements<L>, Element<L>());
           }
         }
-        const L* weight = same && in_place ? reinterpret_cast<const L*>(source) : scratch;
+        const L* weight = same && in_place ? reinterpret_cast<const L*>(source) : copy;
         const int64_t stride = same && in_place ? stride_n : copy_stride;
-        panels.for_each([&](int64_t first, int64_t width, int64_t tile) {
-          with_height<kPanelVectors>(width, [&](auto v) {
-            constexpr int at_once = rows_at_once(v, kOctet);
-            for (int64_t r = 0; r < kOctet; r += at_once) {
+        a.for_each([&](int64_t first, int64_t width, int64_t tile) {
+          with_height<NR_VECTORS>(width, [&](auto v) {
+            constexpr int at_once = rows_at_once(v, kWeightRows);
+            for (int64_t r = 0; r < kWeightRows; r += at_once) {
               const char* next_rows = next + r * stride_n * one;
               const Prefetch ahead =
                   tile == 0 ? Prefetch{next_rows, stride_n * one, at_once, at_once * one}
                             : Prefetch{next, 0, 0, 0};
-              panel_tile<L, at_once, v>(product.data + (n - n0 + r) * product.ld + first * lanes,
-                                        product.ld, adds, weight + r * stride, stride,
-                                        panels.at(first, width, k0), depth, ahead);
+              packed_kernel<L, at_once, v>(c.data + (n - n0 + r) * c.ld + first * lanes, c.ld, adds,
+                                           weight + r * stride, stride, a.at(first, width, k0),
+                                           depth, ahead);
             }
           });
         });
-        for_even_tiles(others, tallest, [&](int64_t row, int64_t height, int64_t tile) {
-          const Prefetch ahead = {next, stride_n * one, kOctet, lanes * one};
-          const L* rows = a + row * lda + k0;
-          T* to = product.others + row * ldc + (n - n0);
+        for_even_tiles(a.others.rows, tallest, [&](int64_t row, int64_t height, int64_t tile) {
+          const Prefetch ahead = {next, stride_n * one, kWeightRows, lanes * one};
+          const int64_t lda = a.others.ld, ldc = c.others.ld;
+          const L* rows = a.others.data + row * lda + k0;
+          T* to = c.others.data + row * ldc + (n - n0);
           const auto take = [&](auto h, auto prefetches) {
             if (in_place) {
-              nt_tile<L, h, prefetches>(to, ldc, adds, rows, lda, source, stride_n, whole, ahead);
+              nt_kernel<L, h, prefetches>(to, ldc, adds, rows, lda, source, stride_n, whole, ahead);
             } else {
-              nt_tile<L, h, prefetches>(to, ldc, adds, rows, lda, weight, stride, whole, ahead);
+              nt_kernel<L, h, prefetches>(to, ldc, adds, rows, lda, weight, stride, whole, ahead);
             }
           };
-          with_height<kTallTileNT>(height, [&](auto h) {
-            if (!turned && tile == 0) {
+          with_height<MR_NT_FEW>(height, [&](auto h) {
+            if (!packed && tile == 0) {
               take(h, std::true_type());
             } else {
               take(h, std::false_type());
@@ -93,22 +97,22 @@ void matmul_nt(const Product<T>& product, int64_t ldc, const Panels<const L>& pa
 
 // ---- c = a W^T, W's columns along k
 
-// Reads W where it lies; cols are whole pairs of vectors.
+// Reads W where it lies; its columns are whole pairs of vectors.
 template <class L, class S, class T = LaneSum<L>>
-void wide_tiles(T* c, int64_t ldc, bool accumulate, const L* a, int64_t lda, int64_t m, const S* w,
-                int64_t stride_k, int64_t k, int64_t cols) {
+void wide_tiles(const Matrix<T>& c, bool accumulate, const Matrix<L>& a, const S* w,
+                int64_t stride_k) {
   constexpr int64_t lanes = Simd<L>::lanes;
-  for_even_tiles(m, kTileWide, [&](int64_t row, int64_t height, int64_t) {
-    with_height<kTileWide>(height, [&](auto h) {
-      constexpr int64_t wide = kTileNN / h * 2 * lanes;
-      for (int64_t n = 0; n < cols;) {
+  for_even_tiles(a.rows, MR_WIDE, [&](int64_t row, int64_t height, int64_t) {
+    with_height<MR_WIDE>(height, [&](auto h) {
+      constexpr int64_t wide = MR_NN / h * 2 * lanes;
+      for (int64_t n = 0; n < c.cols;) {
         const auto take = [&](auto vectors) {
-          wide_tile<L, h, vectors>(c + row * ldc + n, ldc, accumulate, a + row * lda, lda, w + n,
-                                   stride_k, k);
+          wide_kernel<L, h, vectors>(c.data + row * c.ld + n, c.ld, accumulate, a.data + row * a.ld,
+                                     a.ld, w + n, stride_k, a.cols);
           n += vectors * lanes;
         };
-        if (n + wide <= cols) {
-          take(std::integral_constant<int, kTileNN / h * 2>());
+        if (n + wide <= c.cols) {
+          take(std::integral_constant<int, MR_NN / h * 2>());
         } else {
           take(std::integral_constant<int, 2>());
         }
@@ -117,28 +121,29 @@ void wide_tiles(T* c, int64_t ldc, bool accumulate, const L* a, int64_t lda, int
   });
 }
 
-// The same sums for few rows, four rows of W at a time; `sums` holds kTileWide rows of cols.
+// The same sums for few rows, four rows of W at a time; `sums` holds MR_WIDE rows of cols.
 template <class T, class S>
-void long_tiles(T* c, int64_t ldc, bool accumulate, const T* a, int64_t lda, int64_t m, const S* w,
-                int64_t stride_k, int64_t k, int64_t cols, T* sums) {
+void long_tiles(const Matrix<T>& c, bool accumulate, const Matrix<T>& a, const S* w,
+                int64_t stride_k, T* sums) {
   constexpr int64_t at_once = 4;
-  for_even_tiles(m, kTileWide, [&](int64_t row, int64_t height, int64_t) {
-    with_height<kTileWide>(height, [&](auto h) {
-      for (int64_t i = 0; i < k; i += at_once) {
-        with_height<at_once>(std::min(at_once, k - i), [&](auto rows) {
-          long_tile<T, h, rows>(c + row * ldc, ldc, accumulate, sums, i == 0, i + at_once >= k,
-                                a + row * lda + i, lda, w + i * stride_k, stride_k, cols);
+  for_even_tiles(a.rows, MR_WIDE, [&](int64_t row, int64_t height, int64_t) {
+    with_height<MR_WIDE>(height, [&](auto h) {
+      for (int64_t i = 0; i < a.cols; i += at_once) {
+        with_height<at_once>(std::min(at_once, a.cols - i), [&](auto rows) {
+          long_kernel<T, h, rows>(c.data + row * c.ld, c.ld, accumulate, sums, i == 0,
+                                  i + at_once >= a.cols, a.data + row * a.ld + i, a.ld,
+                                  w + i * stride_k, stride_k, c.cols);
         });
       }
     });
   });
 }
 
-// Rows of lanes i0.. of weights across k, as panels `width` lanes wide, one after the other; a row
-// past the last element of k counts as zero.
+// Rows of weights across k as micropanels, two vectors wide, one after the other; a row past the
+// last element of k counts as zero.
 template <class L, class S>
-void pack_panels(L* panels, int64_t panel_size, const S* from, Weight w, int64_t elements,
-                 int64_t cols) {
+void pack_weights(L* panels, int64_t panel_size, const S* from, const Weight& w, int64_t elements,
+                  int64_t cols) {
   constexpr int64_t width = 2 * Simd<L>::lanes, each = kElements<L>;
   for (int64_t i = 0; i < lanes_of<L>(elements); ++i) {
     const S* row = from + i * each * w.stride_k;
@@ -162,48 +167,48 @@ void pack_panels(L* panels, int64_t panel_size, const S* from, Weight w, int64_t
   }
 }
 
+// `scratch` is for the packed weights, or for long_tiles' sums.
 template <class L, class S, class T = LaneSum<L>>
-void matmul_nn(T* c, const L* a, int64_t lda, int64_t m, Weight w, int64_t elements, int64_t n0,
-               int64_t n1, char* scratch) {
-  constexpr int64_t width = 2 * Simd<L>::lanes, line = kPadBytes / sizeof(S), each = kElements<L>;
+void matmul_nn(const Matrix<T>& c, const Matrix<L>& a, const Weight& w, int64_t elements,
+               int64_t n0, L* scratch) {
+  constexpr int64_t width = 2 * Simd<L>::lanes, line = kLineBytes / sizeof(S), each = kElements<L>;
+  const int64_t m = a.rows, n1 = n0 + c.cols;
   const int64_t k = lanes_of<L>(elements), lane_stride = w.stride_k * each;
-  const int64_t ldc = padded<T>(n1 - n0), lines = (n1 - n0 + line - 1) / line;
-  for (int64_t k0 = 0; k0 < k; k0 += kDepthChunkNN) {
-    const int64_t depth = std::min(kDepthChunkNN, k - k0);
+  const int64_t lines = (c.cols + line - 1) / line;
+  for (int64_t k0 = 0; k0 < k; k0 += KC_NN) {
+    const int64_t depth = std::min(KC_NN, k - k0);
     const int64_t filled = std::min(depth * each, elements - k0 * each);
     const S* source = static_cast<const S*>(w.data) + n0 * w.stride_n + k0 * lane_stride;
     // Read by many tiles, weights are better packed, which also converts them once.
-    const bool in_place = m <= 2 * kTileWide || (kManyReadInPlace && __is_same(S, L));
-    if (w.stride_n == 1 && (n1 - n0) % width == 0 && filled == depth * each && in_place) {
+    const bool in_place = m <= 2 * MR_WIDE || (kManyReadInPlace && __is_same(S, L));
+    if (w.stride_n == 1 && c.cols % width == 0 && filled == depth * each && in_place) {
+      const Matrix<L> part = a.from_column(k0, depth);
       // Wide tiles take any number of rows; where only few are read in place, long ones do.
       if constexpr (kManyReadInPlace) {
-        wide_tiles(c, ldc, k0 > 0, a + k0, lda, m, source, w.stride_k, depth, n1 - n0);
+        wide_tiles(c, k0 > 0, part, source, w.stride_k);
       } else {
-        long_tiles(c, ldc, k0 > 0, a + k0, lda, m, source, w.stride_k, depth, n1 - n0,
-                   reinterpret_cast<T*>(scratch));
+        long_tiles(c, k0 > 0, part, source, w.stride_k, scratch);
       }
       continue;
     }
-    // All panels of these rows at once: W is read along its rows, as memory likes it. A panel has
-    // room for a row more, so that panels do not fall into one cache set.
-    L* panels = reinterpret_cast<L*>(scratch);
+    // All micropanels of these rows at once: W is read along its rows, as memory likes it. Each has
+    // room for a row more, so that they do not fall into one cache set.
     const int64_t panel_size = (depth + 1) * width;
-    pack_panels(panels, panel_size, source, w, filled, n1 - n0);
+    pack_weights(scratch, panel_size, source, w, filled, c.cols);
     // The tiles share out the lines of the rows that come next: the next chunk's, or the
     // first chunk's of the next columns.
     const S* next = k0 + depth < k ? source + depth * lane_stride
                                    : static_cast<const S*>(w.data) + n1 * w.stride_n;
     int64_t turn = 0;
     for (int64_t n = n0; n < n1; n += width) {
-      T* column = c + (n - n0);
-      const L* b = panels + (n - n0) / width * panel_size;
-      for_even_tiles(m, kTileNN, [&](int64_t row, int64_t height, int64_t) {
-        const Prefetch ahead = {reinterpret_cast<const char*>(next) + turn++ % lines * kPadBytes, 0,
-                                1, int64_t(lane_stride * sizeof(S))};
-        T* tile = column + row * ldc;
-        const Target<T> to = {tile, ldc, k0 > 0 ? tile : nullptr, ldc, false};
-        with_height<kTileNN>(height, [&](auto h) {
-          nn_tile<L, h>(to, a + row * lda + k0, lda, 1, b, width, depth, ahead);
+      const L* b = scratch + (n - n0) / width * panel_size;
+      for_even_tiles(m, MR_NN, [&](int64_t row, int64_t height, int64_t) {
+        const Prefetch ahead = {reinterpret_cast<const char*>(next) + turn++ % lines * kLineBytes,
+                                0, 1, int64_t(lane_stride * sizeof(S))};
+        T* tile = c.data + row * c.ld + (n - n0);
+        const Target<T> to = {tile, c.ld, k0 > 0 ? tile : nullptr, c.ld, false};
+        with_height<MR_NN>(height, [&](auto h) {
+          nn_kernel<L, h>(to, a.data + row * a.ld + k0, a.ld, 1, b, width, depth, ahead);
         });
       });
     }
@@ -212,149 +217,76 @@ void matmul_nn(T* c, const L* a, int64_t lda, int64_t m, Weight w, int64_t eleme
 
 // ---- of whole blocks, and of rows as they are
 
+template <class L>
+L* take_weight_copy(Scratch& scratch, int64_t k) {
+  return scratch.take<L>(kWeightRows * weight_copy_stride<L>(k));
+}
+template <class L>
+L* take_packed_weights(Scratch& scratch, int64_t k) {
+  return scratch.take<L>(NC * std::max<int64_t>(std::min(k, KC_NN) + 1, MR_WIDE));
+}
+
 template <class P, class T = Sum<P>>
-void matmul_block(T* c, const P* a, int64_t m, int64_t turned, Weight w, int64_t k, int64_t n0,
-                  int64_t n1, Scratch scratch) {
+void matmul_block(const Block<T>& c, const Block<P>& a, const Weight& w, int64_t n0,
+                  Scratch scratch) {
   using L = Lane<P>;
-  if (k == 0) {
-    std::fill(c, c + block_size<T>(m, n1 - n0), T(0));
+  if (a.cols == 0) {
+    std::fill(c.data, c.data + block_size<T>(c.rows, c.cols), T(0));
     return;
   }
-  const int64_t lda = padded<P>(k) / kElements<L>;
+  const Micropanels<L> rows(a);
+  const Product<T> product(c);
   with_storage<P>(w.dtype, [&](auto stored) {
     using S = decltype(stored);
     if (w.stride_k == 1) {
-      const Panels<const L> panels(reinterpret_cast<const L*>(a), turned, lanes_of<L>(k));
-      matmul_nt<L, S>(Product<T>(c, turned, n1 - n0), padded<T>(n1 - n0), panels, panels.others(),
-                      lda, m - turned, w, k, n0, n1, reinterpret_cast<L*>(scratch.at));
+      matmul_nt<L, S>(product, rows, w, a.cols, n0, n0 + c.cols,
+                      take_weight_copy<L>(scratch, rows.cols));
     } else {
-      matmul_nn<L, S>(c, reinterpret_cast<const L*>(a), lda, m, w, k, n0, n1, scratch.at);
+      matmul_nn<L, S>(product.others, rows.others, w, a.cols, n0,
+                      take_packed_weights<L>(scratch, rows.cols));
     }
   });
 }
 
+// What a product of rows needs to go through blocks.
 template <class P, class T = Sum<P>>
-void matmul(T* c, const P* a, int64_t lda, int64_t m, Weight w, int64_t k, int64_t n0, int64_t n1,
-            Scratch scratch) {
+struct BlocksOfRows {
+  P* rows;
+  T* product;
+
+  BlocksOfRows(Scratch& scratch, int64_t m, int64_t k)
+      : rows(scratch.take<P>(block_size<P>(m, k))),
+        product(scratch.take<T>(block_size<T>(m, NC))) {}
+};
+
+template <class P, class T = Sum<P>>
+void matmul(const Matrix<T>& c, const Matrix<P>& a, const Weight& w, int64_t n0, Scratch scratch) {
   using L = Lane<P>;
+  const int64_t k = a.cols;
   if (w.stride_k != 1 && k > 0) {
+    const Matrix<L> rows = {reinterpret_cast<L*>(a.data), a.rows, lanes_of<L>(k),
+                            a.ld / kElements<L>};
     with_storage<P>(w.dtype, [&](auto stored) {
-      matmul_nn<L, decltype(stored)>(c, reinterpret_cast<const L*>(a), lda / kElements<L>, m, w, k,
-                                     n0, n1, scratch.at);
+      matmul_nn<L, decltype(stored)>(c, rows, w, k, n0, take_packed_weights<L>(scratch, rows.cols));
     });
     return;
   }
-  const int64_t turned = turned_rows<P>(m, w.dtype);
-  P* rows = scratch.take<P>(block_size<P>(m, k));
-  T* product = scratch.take<T>(block_size<T>(m, kMatmulColumns));
-  load_block(rows, {a, Operand<P>::dtype, lda, nullptr}, m, turned, k);
-  matmul_block(product, rows, m, turned, w, k, n0, n1, scratch);
-  store_block<T>(c, Operand<T>::dtype, padded<T>(n1 - n0), product, m, turned, n1 - n0, nullptr);
+  const BlocksOfRows<P> blocks(scratch, a.rows, k);
+  const int64_t packed = packed_rows<P>(a.rows, w.dtype);
+  const Block<P> rows = {blocks.rows, a.rows, packed, k};
+  const Block<T> product = {blocks.product, a.rows, packed, c.cols};
+  load_block(rows, {a.data, Operand<P>::dtype, a.ld});
+  matmul_block<P>(product, rows, w, n0, scratch);
+  store_block<T>({c.data, Operand<T>::dtype, c.ld}, product, nullptr);
 }
 
-template <class P, class T = Sum<P>>
-int64_t matmul_scratch(int64_t m, int64_t k) {
+template <class P>
+int64_t matmul_scratch(int64_t rows, int64_t k) {
   using L = Lane<P>;
   const int64_t lanes = lanes_of<L>(k);
-  const int64_t nt = Scratch::bytes<P>(block_size<P>(m, k)) +
-                     Scratch::bytes<T>(block_size<T>(m, kMatmulColumns)) +
-                     Scratch::bytes<L>(kOctet * padded<L>(std::min(lanes, kDepthChunk)));
-  const int64_t nn = Scratch::bytes<L>(
-      kMatmulColumns * std::max<int64_t>(std::min(lanes, kDepthChunkNN) + 1, kTileWide));
-  return std::max(nt, nn);
-}
-
-// ---- out = p^T q, a weight gradient: k is the row of the expert
-
-// The rows of p that stay packed while all columns of q pass by; of more rows than these
-// each column panel packs its own again.
-constexpr int64_t kRowsKept = 4 * kRowChunk;
-
-// dst (rows of lanes, ld) = src's rows and columns, converted; pairs are of two rows, an odd last
-// one is paired with zeros. Columns up to `whole` are zero.
-template <class L>
-void load_across(L* dst, int64_t ld, Rows src, int64_t rows, int64_t cols, int64_t whole) {
-  with_storage<Element<L>>(src.dtype, [&](auto stored) {
-    using S = decltype(stored);
-    const auto row = [&](int64_t r) {
-      return static_cast<const S*>(src.data) + (src.index ? src.index[r] : r) * src.stride;
-    };
-    for (int64_t i = 0; i < lanes_of<L>(rows); ++i) {
-      L* to = dst + i * ld;
-      if constexpr (kElements<L> == 1) {
-        convert_in(to, row(i), cols);
-        std::fill(to + cols, to + whole, L());
-      } else {
-        const S *first = row(2 * i), *second = 2 * i + 1 < rows ? row(2 * i + 1) : nullptr;
-        int64_t c = 0;
-        for (constexpr int64_t two = 2 * Simd<L>::lanes; second && c + two <= cols; c += two) {
-          V<L> left, right;
-          load_two<L>(first + c, second - first, left, right);
-          store(to + c, left);
-          store(to + c + two / 2, right);
-        }
-        for (; c < cols; ++c) to[c] = {first[c], second ? second[c] : S()};
-        std::fill(to + cols, to + whole, L());
-      }
-    }
-  });
-}
-
-template <class P, class T = Sum<P>>
-int64_t outer_scratch(int64_t height) {
-  using L = Lane<P>;
-  constexpr int64_t width = 2 * Simd<L>::lanes;
-  return Scratch::bytes<L>(kRowChunk * width) + Scratch::bytes<L>(kRowsKept * padded<L>(height)) +
-         Scratch::bytes<T>(height * width);
-}
-
-template <class P, class T = Sum<P>>
-void outer(void* out, Dtype dtype, int64_t stride, bool past_caches, Rows p, int64_t m0, int64_t m1,
-           Rows q, int64_t n, int64_t rows, Scratch scratch) {
-  using L = Lane<P>;
-  constexpr int64_t width = 2 * Simd<L>::lanes;
-  const int64_t height = m1 - m0, ld_left = padded<L>(height);
-  L* panel = scratch.take<L>(kRowChunk * width);   // a chunk of q's rows, (kRowChunk, width)
-  L* left = scratch.take<L>(kRowsKept * ld_left);  // p's columns m0..m1, (kRowsKept, ld_left)
-  T* sums = scratch.take<T>(height * width);       // (height, width)
-  const int64_t chunks = (rows + kRowChunk - 1) / kRowChunk;
-  const bool keeps_left = rows <= kRowsKept;
-  p.data = static_cast<const char*>(p.data) + m0 * size_of(p.dtype);
-
-  for (int64_t n0 = 0; n0 < n; n0 += width) {
-    const int64_t count = std::min(width, n - n0);
-    Rows right = q;
-    right.data = static_cast<const char*>(q.data) + n0 * size_of(q.dtype);
-    // The last chunk's tiles write where they may: into out itself when it takes whole
-    // tiles of T.
-    const bool direct = rows > 0 && count == width && size_of(dtype) == sizeof(T);
-    T* corner = reinterpret_cast<T*>(static_cast<char*>(out) + (m0 * stride + n0) * size_of(dtype));
-    const bool streamed =
-        past_caches &&
-        (reinterpret_cast<uintptr_t>(corner) | uintptr_t(stride * sizeof(T))) % MOE_VECTOR_BYTES ==
-            0;
-    if (rows == 0) std::fill(sums, sums + height * width, T(0));
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t r0 = rows * chunk / chunks, r1 = rows * (chunk + 1) / chunks;
-      const int64_t depth = lanes_of<L>(r1 - r0);
-      load_across(panel, width, rows_from(right, r0), r1 - r0, count, width);
-      L* columns = keeps_left ? left + r0 * ld_left : left;
-      if (n0 == 0 || !keeps_left) {
-        load_across(columns, ld_left, rows_from(p, r0), r1 - r0, height, height);
-      }
-      const bool last = direct && chunk + 1 == chunks;
-      for_even_tiles(height, kTileNN, [&](int64_t m, int64_t count_m, int64_t) {
-        T* sum = sums + m * width;
-        const T* before = chunk > 0 ? sum : nullptr;
-        const Target<T> to = last ? Target<T>{corner + m * stride, stride, before, width, streamed}
-                                  : Target<T>{sum, width, before, width, false};
-        const Prefetch nothing = {reinterpret_cast<const char*>(panel), 0, 0, 0};
-        with_height<kTileNN>(count_m, [&](auto h) {
-          nn_tile<L, h>(to, columns + m, 1, ld_left, panel, width, depth, nothing);
-        });
-      });
-    }
-    if (!direct) store_rows<T>(corner, dtype, stride, sums, width, height, count);
-  }
-  fence();
+  return std::max(bytes_of([&](Scratch& scratch) {
+                    BlocksOfRows<P>(scratch, rows, k);
+                    take_weight_copy<L>(scratch, lanes);
+                  }),
+                  bytes_of([&](Scratch& scratch) { take_packed_weights<L>(scratch, lanes); }));
 }

@@ -2,7 +2,7 @@
 template <class P, class T = Sum<P>>
 constexpr Kernels<P> table(const char* name) {
   return {name,
-          turned_rows<P>,
+          packed_rows<P>,
           load_block<P>,
           store_block<T>,
           matmul_block<P>,

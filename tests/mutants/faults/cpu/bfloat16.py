@@ -7,7 +7,7 @@ FAULTS, faults = collection()
 SETS = "tests/test_instruction_sets.py::test_same_results"
 SANITIZED = "tests/test_sanitized_kernels.py"
 
-fault = faults("csrc/cpu/kernels/simd.inl", SETS)
+fault = faults("csrc/cpu/kernels/conversions.inl", SETS)
 fault(
     "the pairs of the second vector are the first one's",
     "_mm512_add_epi16(pairs, _mm512_set1_epi16(16))",
@@ -23,6 +23,8 @@ fault(
     "_mm512_or_si512(even, _mm512_slli_epi32(odd, 16))",
     "_mm512_or_si512(odd, _mm512_slli_epi32(even, 16))",
 )
+
+fault = faults("csrc/cpu/kernels/simd.inl", SETS)
 fault(
     "an odd last element is left out",
     "return (k + kElements<L> - 1) / kElements<L>;",
@@ -65,6 +67,8 @@ fault(
     "lane_stride = w.stride_k * each;",
     "lane_stride = w.stride_k;",
 )
+
+fault = faults("csrc/cpu/kernels/gemm_tn.inl", SETS)
 fault(
     "a weight gradient: an odd last row counts twice",
     "to[c] = {first[c], second ? second[c] : S()};",
@@ -77,12 +81,12 @@ fault(
 )
 fault(
     "the scratch of a weight gradient is short",
-    "Scratch::bytes<L>(kRowsKept * padded<L>(height)) +",
-    "Scratch::bytes<L>(kRowsKept * padded<L>(height) / 8) +",
+    "scratch.take<L>(kRowsKept * padded<L>(m))",
+    "scratch.take<L>(kRowsKept * padded<L>(m) / 8)",
     SANITIZED,
 )
 
-fault = faults("csrc/cpu/kernels/tiles.inl", SETS)
+fault = faults("csrc/cpu/kernels/microkernels.inl", SETS)
 fault(
     "weights across k in place: the steps along k are of one row",
     "w += kElements<L> * stride_k;",

@@ -35,90 +35,108 @@ fault(
 
 fault = faults("csrc/cpu/ffn.cpp")
 fault(
+    "an assignment's row past the last kept one passes",
+    "ok &= row[a] < call.kept;",
+    "ok &= row[a] < call.kept + 1000;",
+    "tests/test_moe_forward.py::TestOperator::test_bad_tensors",
+)
+
+fault = faults("csrc/cpu/blocking.h")
+fault(
     "an expert's rows are cut where the number of threads says",
     "count * at / pieces / kRowUnit * kRowUnit",
     "count * at / pieces",
     GROUPED + "test_same_bits",
 )
 fault(
-    "an assignment's row past the last kept one passes",
-    "ok &= row[a] < call.kept;",
-    "ok &= row[a] < call.kept + 1000;",
-    "tests/test_moe_forward.py::TestOperator::test_bad_tensors",
-)
-fault(
     "the last row of an expert's second block is left out",
-    "cut(i), cut(i + 1), place});",
-    "cut(i), cut(i + 1) - (i > 0), place});",
+    "cut(i), cut(i + 1), places});",
+    "cut(i), cut(i + 1) - (i > 0), places});",
     GROUPED + "test_rows_an_expert",
 )
+
+fault = faults("csrc/cpu/ffn_forward.cpp")
 fault(
     "every expert adds the first one's bias",
-    "down_bias.defined() ? data<T>(down_bias) + e * hidden + h0 : nullptr);",
-    "down_bias.defined() ? data<T>(down_bias) + h0 : nullptr);",
+    "bias.defined() ? data<T>(bias) + e * hidden + h0 : nullptr);",
+    "bias.defined() ? data<T>(bias) + h0 : nullptr);",
     GROUPED + "test_many_experts",
 )
 fault(
     "interleaved: up reads the gate's rows",
-    "step == 2 ? 1 : intermediate",
-    "step == 2 ? 0 : intermediate",
+    "call_.spec.interleaved ? 1 : intermediate",
+    "call_.spec.interleaved ? 0 : intermediate",
     GROUPED + "test_layouts_and_clamps",
 )
 fault(
-    "backward: the weight's gradient misses the down bias",
-    "                      down_bias.defined()\n",
-    "                      down_bias.defined() && hidden < 0\n",
-    FORWARD + "test_many_choices",
-)
-fault(
-    "backward: the down bias takes its gradient without the weight",
-    "bias_gradient<T>(call, hidden, upstream, weight)",
-    "bias_gradient<T>(call, hidden, upstream, nullptr)",
-    FORWARD + "test_many_choices",
-)
-fault(
-    "backward: a frozen expert's weight gradient is computed all the same",
-    "  if (want_up) {",
-    "  {",
-    "tests/test_grouped_ffn.py::TestOperator::test_only_needed_gradients",
-)
-fault(
-    "backward: the weight's gradient depends on the number of threads",
-    "s0 += kActivateColumns) {",
-    "s0 += kActivateColumns / at::get_num_threads()) {",
-    FORWARD + "test_same_bits",
+    "rows of one element: columns that alternate are taken from packed rows",
+    "call_.spec.interleaved && !along_k_ &&",
+    "call_.spec.interleaved &&",
+    GROUPED + "test_rows_of_one_element",
 )
 fault(
     "the preactivations are kept before the bias",
-    "up_bias.defined() ? data<T>(up_bias) + e * call.width : nullptr,",
+    "bias.defined() ? data<T>(bias) + e * call_.width : nullptr,",
     "nullptr,",
     "tests/test_grouped_ffn.py::TestOperator::test_preactivations",
 )
 fault(
     "batch_invariant is forgotten",
-    "along && !call.batch_invariant",
-    "along",
+    "along_k_ && !call_.batch_invariant",
+    "along_k_",
     GROUPED + "test_batch_invariant",
 )
 
-fault = faults("csrc/cpu/kernels/block.inl")
+fault = faults("csrc/cpu/ffn_backward.cpp")
 fault(
-    "panels: the second chunk of columns lies over the first",
+    "backward: the weight's gradient misses the down bias",
+    "              down_bias.defined()\n",
+    "              down_bias.defined() && hidden < 0\n",
+    FORWARD + "test_many_choices",
+)
+fault(
+    "backward: the down bias takes its gradient without the weight",
+    "bias_gradient(call_.hidden, upstream_, weight_)",
+    "bias_gradient(call_.hidden, upstream_, nullptr)",
+    FORWARD + "test_many_choices",
+)
+fault(
+    "backward: a frozen expert's weight gradient is computed all the same",
+    "wanted[kUpProj] ? backward.up_proj() : none",
+    "backward.up_proj()",
+    "tests/test_grouped_ffn.py::TestOperator::test_only_needed_gradients",
+)
+fault(
+    "backward: the weight's gradient depends on the number of threads",
+    "i += kActivateColumns) {",
+    "i += kActivateColumns / at::get_num_threads()) {",
+    FORWARD + "test_same_bits",
+)
+
+fault = faults("csrc/cpu/kernels/packing.inl")
+fault(
+    "micropanels: the second chunk of columns lies over the first",
     "(k0 * vectors + depth * first",
     "(k0 + depth * first",
     GROUPED + "test_sizes",
 )
 fault(
-    "rows are turned over without their last columns",
-    "convert_in(part, from[i] + k * elements, filled);",
+    "rows are packed without their last columns",
+    "convert_in(part, row[i] + k * elements, filled);",
     "",
     GROUPED + "test_rows_an_expert",
 )
 fault(
-    "turned rows add the first columns' bias to all",
+    "packed rows add the first columns' bias to all",
     "v[i], bias ? bias + n : nullptr",
     "v[i], bias",
     GROUPED + "test_rows_an_expert",
+)
+fault(
+    "of columns that alternate in memory, up takes gate's",
+    "o[i] = from[2 * i + 1];",
+    "o[i] = from[2 * i];",
+    GROUPED + "test_layouts_and_clamps",
 )
 
 fault = faults("csrc/cpu/kernels/gemm.inl")
@@ -130,57 +148,59 @@ fault(
 )
 fault(
     "weights along k: many rows are cut along k otherwise than few",
-    "const int64_t deepest = turned ? kDepthChunk",
-    "const int64_t deepest = !few ? kDepthChunk",
+    "const int64_t deepest = packed ? KC",
+    "const int64_t deepest = !few ? KC",
     GROUPED + "test_batch_invariant",
 )
 fault(
-    "the rows that panels leave over are forgotten",
-    "m - turned, w, k,",
-    "turned > 0 ? 0 : m, w, k,",
+    "the rows that micropanels leave over are forgotten",
+    "for_even_tiles(a.others.rows, tallest,",
+    "for_even_tiles(packed ? 0 : a.others.rows, tallest,",
     GROUPED + "test_rows_an_expert",
 )
 fault(
     "weights across k: a chunk of k forgets the ones before",
-    "{tile, ldc, k0 > 0 ? tile : nullptr, ldc, false}",
-    "{tile, ldc, nullptr, ldc, false}",
+    "{tile, c.ld, k0 > 0 ? tile : nullptr, c.ld, false}",
+    "{tile, c.ld, nullptr, c.ld, false}",
     GROUPED + "test_sizes",
 )
 fault(
     "few rows, weights across k: a chunk of k forgets the ones before",
-    "wide_tiles(c, ldc, k0 > 0,",
-    "wide_tiles(c, ldc, false,",
+    "wide_tiles(c, k0 > 0,",
+    "wide_tiles(c, false,",
     GROUPED + "test_few_tokens_of_long_rows",
     INSTRUCTION_SETS,
 )
 fault(
     "few rows, whole rows of weights across k: a chunk of k forgets the ones before",
-    "long_tiles(c, ldc, k0 > 0,",
-    "long_tiles(c, ldc, false,",
+    "long_tiles(c, k0 > 0,",
+    "long_tiles(c, false,",
     GROUPED + "test_few_tokens_of_long_rows",
     INSTRUCTION_SETS,
 )
 fault(
     "few rows, whole rows of weights across k: the rows past the last four are forgotten",
-    "for (int64_t i = 0; i < k; i += at_once) {",
-    "for (int64_t i = 0; i + at_once <= k; i += at_once) {",
+    "for (int64_t i = 0; i < a.cols; i += at_once) {",
+    "for (int64_t i = 0; i + at_once <= a.cols; i += at_once) {",
     GROUPED + "test_few_tokens_of_long_rows",
     INSTRUCTION_SETS,
 )
 fault(
     "few rows, weights across k: the columns past the last wide tile are forgotten",
     "take(std::integral_constant<int, 2>());",
-    "n = cols;",
+    "n = c.cols;",
     GROUPED + "test_few_tokens",
     INSTRUCTION_SETS,
 )
 fault(
     "few rows, weights across k: all tiles take the first rows",
-    "a + row * lda, lda, w + n,",
-    "a, lda, w + n,",
+    "accumulate, a.data + row * a.ld,",
+    "accumulate, a.data,",
     GROUPED + "test_few_tokens_of_long_rows",
     INSTRUCTION_SETS,
 )
+
+fault = faults("csrc/cpu/kernels/gemm_tn.inl")
 fault(
     "a weight gradient keeps its last 256 rows alone",
     "const T* before = chunk > 0 ? sum : nullptr;",
@@ -200,16 +220,16 @@ fault(
     GROUPED + "test_rows_an_expert",
 )
 
-fault = faults("csrc/cpu/kernels/tiles.inl")
+fault = faults("csrc/cpu/kernels/microkernels.inl")
 fault(
-    "panels: a sum of k forgets the ones before",
+    "micropanels: a sum of k forgets the ones before",
     "    accumulate = true;\n",
     "",
     GROUPED + "test_sizes",
 )
 fault(
     "a tall tile takes the first half of the weights' rows alone",
-    "first < kOctet; first += at_once",
+    "first < kWeightRows; first += at_once",
     "first < at_once; first += at_once",
     GROUPED + "test_few_tokens",
 )
@@ -240,15 +260,15 @@ fault(
     GROUPED + "test_layouts_and_clamps",
 )
 fault(
-    "preactivations of turned rows all go to the first ones",
-    "(r + j) * stride * size_of(dtype)",
-    "j * stride * size_of(dtype)",
+    "preactivations of packed rows all go to the first ones",
+    "h.kept.from_row(r + j)",
+    "h.kept.from_row(j)",
     GROUPED + "test_rows_an_expert",
 )
 fault(
-    "preactivations of the rows not turned over go to the first ones",
-    "static_cast<char*>(kept) + turned * stride * size_of(dtype)",
-    "static_cast<char*>(kept)",
+    "preactivations of the rows not packed go to the first ones",
+    "h.kept.from_row(a.packed + r)",
+    "h.kept.from_row(r)",
     GROUPED + "test_rows_an_expert",
 )
 fault(
@@ -270,17 +290,11 @@ fault(
     FORWARD + "test_many_choices",
 )
 
-fault = faults("csrc/cpu/kernels/rows.inl")
-fault(
-    "of columns that alternate in memory, up takes gate's",
-    "o[i] = from[2 * i + 1];",
-    "o[i] = from[2 * i];",
-    GROUPED + "test_layouts_and_clamps",
-)
+fault = faults("csrc/cpu/kernels/sums.inl")
 fault(
     "a dropped assignment adds row 0",
-    "if (index[j] < 0) continue;\n      const T* row = rows + index[j] * ld + c0;",
-    "const T* row = rows + std::max(index[j], 0) * ld + c0;",
+    "if (rows.index[j] < 0) continue;\n      const T* row = row_of<T>(rows, j) + c0;",
+    "const T* row = row_of<T>(rows, rows.index[j] < 0 ? 0 : j) + c0;",
     FORWARD + "test_routings",
 )
 fault(

@@ -97,18 +97,18 @@ fault(
 fault = faults("csrc/moe_infer.cpp", "tests/test_moe_infer.py")
 fault(
     "the gate's bias is not used",
-    "router_logits.call(tokens, gate_weight, gate_bias)",
-    "router_logits.call(tokens, gate_weight, std::nullopt)",
+    "tokens, gate_weight, gate_bias)",
+    "tokens, gate_weight, none)",
 )
 fault(
     "statistics count padding",
     "assignment_row, mask, score_function",
-    "assignment_row, std::nullopt, score_function",
+    "assignment_row, none, score_function",
 )
 fault(
     "a float64 router's weights go to the experts as they are",
-    "if (x.scalar_type() != at::kDouble) weights",
-    "if (false) weights",
+    "x.scalar_type() == at::kDouble ? w ",
+    "true ? w ",
 )
 
 # ---- losses ----------------------------------------------------------------------------------

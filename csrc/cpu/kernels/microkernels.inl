@@ -1,23 +1,23 @@
-// The register tiles that do all the work of a matrix product:
+// The microkernels, which do all the work of a matrix product: a tile of c in registers.
 //
 // L is what a lane of their operands holds; `k` and the operands' strides count lanes, but for
 // weights across k, whose rows are single elements of k.
 //
-//   panel_tile  c^T (R, N vectors) += w (R, K) p (K, N vectors): w's elements are broadcast
-//               from where they lie; the panel p is rows of a, turned over.
-//   nt_tile     c (M, 8) += a (M, K) w (8, K)^T, both read along k: lane l of a vector sums
-//               k = l mod lanes, and a tree adds the lanes at the end. For rows too few to
-//               fill a panel's vectors.
-//   nn_tile     c (M, 2 vectors) = a (M, K) b (K, 2 vectors): a's elements are broadcast;
-//               b is a packed panel.
-//   wide_tile   c (M, N vectors) += a (M, K) w (K, N vectors): w is read where it lies.
-//   long_tile   c (M, N) += a (M, 4) w (4, N): w is read where it lies, and the sums wait in a
-//               cache.
+//   packed_kernel   c^T (R, N vectors) += w (R, K) p (K, N vectors): w's elements are broadcast
+//                   from where they lie; p is a micropanel of packed rows of a.
+//   nt_kernel       c (M, 8) += a (M, K) w (8, K)^T, both read along k: lane l of a vector sums
+//                   k = l mod lanes, and a tree adds the lanes at the end. For rows too few to
+//                   fill a micropanel's vectors.
+//   nn_kernel       c (M, 2 vectors) = a (M, K) b (K, 2 vectors): a's elements are broadcast;
+//                   b is a packed micropanel.
+//   wide_kernel     c (M, N vectors) += a (M, K) w (K, N vectors): w is read where it lies.
+//   long_kernel     c (M, N) += a (M, 4) w (4, N): w is read where it lies, and the sums wait in
+//                   a cache.
 //
 // While a tile computes, it prefetches weights that come next: a weight is read from memory
 // once, and that read would otherwise cost as much as the arithmetic.
 
-constexpr int kOctet = 8;
+constexpr int kWeightRows = 8;
 
 // What comes next: `rows` rows, row_stride bytes apart. A tile goes `step` bytes along them at
 // each of its own steps along k.
@@ -29,22 +29,22 @@ struct Prefetch {
 // ---- the sums of eight vectors' lanes, as one row of eight
 
 template <class T>
-MOE_INLINE void sum_lanes(const V<T> (&v)[kOctet], T* out, bool accumulate) {
+MOE_INLINE void sum_lanes(const V<T> (&v)[kWeightRows], T* out, bool accumulate) {
   constexpr int lanes = Simd<T>::lanes;
-  T sums[kOctet];
-  for (int r = 0; r < kOctet; ++r) {
+  T sums[kWeightRows];
+  for (int r = 0; r < kWeightRows; ++r) {
     T part[lanes];
     store(part, v[r]);
     for (int width = lanes / 2; width > 0; width /= 2)
       for (int i = 0; i < width; ++i) part[i] += part[i + width];
     sums[r] = part[0];
   }
-  for (int r = 0; r < kOctet; ++r) out[r] = accumulate ? out[r] + sums[r] : sums[r];
+  for (int r = 0; r < kWeightRows; ++r) out[r] = accumulate ? out[r] + sums[r] : sums[r];
 }
 
 #if MOE_VECTOR_BYTES == 64
 // Each step adds the upper half of every source to its lower half and packs two sources into one.
-MOE_INLINE void sum_lanes(const V<float> (&v)[kOctet], float* out, bool accumulate) {
+MOE_INLINE void sum_lanes(const V<float> (&v)[kWeightRows], float* out, bool accumulate) {
   auto halves = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
   };
@@ -65,7 +65,7 @@ MOE_INLINE void sum_lanes(const V<float> (&v)[kOctet], float* out, bool accumula
   _mm256_storeu_ps(out, sums);
 }
 #elif MOE_VECTOR_BYTES == 32
-MOE_INLINE void sum_lanes(const V<float> (&v)[kOctet], float* out, bool accumulate) {
+MOE_INLINE void sum_lanes(const V<float> (&v)[kWeightRows], float* out, bool accumulate) {
   auto halves = [](__m256 a, __m256 b) {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
   };
@@ -85,29 +85,29 @@ MOE_INLINE void sum_lanes(const V<float> (&v)[kOctet], float* out, bool accumula
 }
 #endif
 
-// ---- tiles of eight rows of weights
+// ---- of eight rows of weights
 
 // How many of the eight a tile takes at once, each with so many vectors of sums: at most `most`.
 constexpr int rows_at_once(int sums, int most) {
-  return sums * most > kTileSums ? rows_at_once(sums, most / 2) : most;
+  return sums * most > kRegisterSums ? rows_at_once(sums, most / 2) : most;
 }
 
 // One sum of a lane covers no more of k than this: long ones lose digits.
-constexpr int64_t kDepthPanelSum = 384;
+constexpr int64_t kLongestSum = 384;
 
 // The rows ahead are R or none; while the tile walks along its R-th part of k, it prefetches one
 // of them.
 template <class L, int R, int N, class T = LaneSum<L>>
-void panel_tile(T* c, int64_t ldc, bool accumulate, const L* w, int64_t ldw, const L* panel,
-                int64_t k, Prefetch ahead) {
+void packed_kernel(T* c, int64_t ldc, bool accumulate, const L* w, int64_t ldw, const L* panel,
+                   int64_t k, Prefetch ahead) {
   constexpr int lanes = Simd<L>::lanes;
   // Every third row has a pointer of its own, the others are one or two strides from it:
   // addresses that need no more registers than there are.
   const L *w0 = w, *w3 = w + 3 * ldw, *w6 = w + 6 * ldw;
   // A line is requested once: requests under way take the places that other misses need.
-  const int64_t within_line = ahead.step > 0 ? kPadBytes / ahead.step - 1 : -1;
+  const int64_t within_line = ahead.step > 0 ? kLineBytes / ahead.step - 1 : -1;
   int64_t parts = R;  // that one sum covers
-  while (k * parts > R * kDepthPanelSum) parts /= 2;
+  while (k * parts > R * kLongestSum) parts /= 2;
   for (int64_t part = 0, i = 0; part < R;) {
     V<T> sum[R][N];
 #pragma GCC unroll 8
@@ -142,20 +142,21 @@ void panel_tile(T* c, int64_t ldc, bool accumulate, const L* w, int64_t ldw, con
 
 // A function of its own: conversions of many tiles in one function took each other's registers.
 template <class L, int M, bool Prefetches, class S, class T = LaneSum<L>>
-__attribute__((noinline)) void nt_tile(T* c, int64_t ldc, bool accumulate, const L* a, int64_t lda,
-                                       const S* w, int64_t ldw, int64_t k, Prefetch ahead) {
-  constexpr int lanes = Simd<L>::lanes, at_once = rows_at_once(M, kWeightRowsNT);
+__attribute__((noinline)) void nt_kernel(T* c, int64_t ldc, bool accumulate, const L* a,
+                                         int64_t lda, const S* w, int64_t ldw, int64_t k,
+                                         Prefetch ahead) {
+  constexpr int lanes = Simd<L>::lanes, at_once = rows_at_once(M, kWeightRowsAtOnce);
   // The rows ahead come side by side, or one after the other.
   const bool side_by_side = ahead.row_stride > kShortRow;
   const int64_t apart = side_by_side ? ahead.row_stride : ahead.step;
   const int64_t along = side_by_side ? ahead.step : at_once * ahead.step;
-  V<T> sum[M][kOctet];
+  V<T> sum[M][kWeightRows];
 #pragma GCC unroll 4
-  for (int first = 0; first < kOctet; first += at_once) {
+  for (int first = 0; first < kWeightRows; first += at_once) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
       for (int r = 0; r < at_once; ++r) sum[m][first + r] = V<T>{};
-    const S *w0 = w + first * ldw, *w3 = w0 + 3 * ldw, *w6 = w0 + 6 * ldw;  // as in panel_tile
+    const S *w0 = w + first * ldw, *w3 = w0 + 3 * ldw, *w6 = w0 + 6 * ldw;  // as in packed_kernel
     const char* next = ahead.at + first * ahead.row_stride;
     for (int64_t i = 0; i < k; i += lanes) {
 #pragma GCC unroll 8
@@ -195,7 +196,7 @@ __attribute__((noinline)) void nt_tile(T* c, int64_t ldc, bool accumulate, const
   for (int m = 0; m < M; ++m) sum_lanes(sum[m], c + m * ldc, accumulate);
 }
 
-// ---- tiles of two vectors of columns
+// ---- of two vectors of columns
 
 // Where a tile goes: to c, on top of `before` (null: of nothing), which may be c itself;
 // past the caches where nobody reads it soon.
@@ -209,8 +210,8 @@ struct Target {
 };
 
 template <class L, int M, class T = LaneSum<L>>
-void nn_tile(Target<T> to, const L* a, int64_t am, int64_t ak, const L* b, int64_t ldb, int64_t k,
-             Prefetch ahead) {
+void nn_kernel(Target<T> to, const L* a, int64_t am, int64_t ak, const L* b, int64_t ldb, int64_t k,
+               Prefetch ahead) {
   constexpr int lanes = Simd<L>::lanes;
   V<T> sum[M][2];
 #pragma GCC unroll 12
@@ -249,9 +250,9 @@ void nn_tile(Target<T> to, const L* a, int64_t am, int64_t ak, const L* b, int64
 
 // As wide as registers allow: what lies far apart in memory is best read in long pieces.
 template <class L, int M, int N, class S, class T = LaneSum<L>>
-void wide_tile(T* c, int64_t ldc, bool accumulate, const L* a, int64_t lda, const S* w,
-               int64_t stride_k, int64_t k) {
-  constexpr int lanes = Simd<L>::lanes, line = kPadBytes / sizeof(S), rows_ahead = 8;
+void wide_kernel(T* c, int64_t ldc, bool accumulate, const L* a, int64_t lda, const S* w,
+                 int64_t stride_k, int64_t k) {
+  constexpr int lanes = Simd<L>::lanes, line = kLineBytes / sizeof(S), rows_ahead = 8;
   V<T> sum[M][N];
 #pragma GCC unroll 24
   for (int j = 0; j < N; ++j)
@@ -286,8 +287,8 @@ void wide_tile(T* c, int64_t ldc, bool accumulate, const L* a, int64_t lda, cons
 // Reads Rows rows of w from end to end and prefetches as many; sums (M, cols) holds what the rows
 // before them gave, unless these are the first. The last ones' sums go to c.
 template <class T, int M, int Rows, class S>
-void long_tile(T* c, int64_t ldc, bool accumulate, T* sums, bool first, bool last, const T* a,
-               int64_t lda, const S* w, int64_t stride_k, int64_t cols) {
+void long_kernel(T* c, int64_t ldc, bool accumulate, T* sums, bool first, bool last, const T* a,
+                 int64_t lda, const S* w, int64_t stride_k, int64_t cols) {
   constexpr int lanes = Simd<T>::lanes;
   V<T> x[M][Rows];
 #pragma GCC unroll 12

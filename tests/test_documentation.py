@@ -1,5 +1,7 @@
-"""Every Python block of the README, run as it stands in what its text presupposes."""
+"""README.md and docs/: every Python block, run as it stands in what its text presupposes; every
+name; and the numbers, which are those of the committed results."""
 
+import json
 import re
 import subprocess
 import sys
@@ -15,11 +17,12 @@ from moe_ext._load import BACKEND
 from oracle import unit
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-
-pytestmark = pytest.mark.skipif(
-    BACKEND == "cuda", reason="the blocks' tensors are a CPU's, as their texts have them"
-)
+PAGES = {p.name: p.read_text() for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+BLOCKS = {
+    f"{name}, block {i}": block
+    for name, text in PAGES.items()
+    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S), 1)
+}
 
 # What stands around a block that has a word: a generator of its names, which checks at its end
 # what the block has made of them.
@@ -36,6 +39,40 @@ def first_example(capsys, **_):
     yield names
     assert "'drop_rate'" in capsys.readouterr().out
     assert names["block"].ffn.gate.weight.grad.any()
+
+
+@around("padding_mask=mask")
+def padded(**_):
+    names = dict(torch=torch, layer=make(hidden=256, dtype=torch.float32))
+    yield names
+    assert not names["y"][names["mask"]].any() and names["y"][~names["mask"]].any()
+
+
+@around("moe_ext.padding(")
+def padding_from_outside(**_):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = make(num_experts=4), make(num_experts=4)
+
+        def forward(self, x):
+            return self.decoder(self.encoder(x))
+
+    model, x = Model(), unit(1, 9, H, dtype=torch.float64)
+    mask = torch.arange(9)[None] < 5
+    yield dict(moe_ext=moe_ext, model=model, x=x, attention_mask=mask.int())
+    seen = [layer.stats()["tokens"] for layer in (model.encoder, model.decoder)]
+    assert seen == [5 + 5, 5 + 9]
+
+
+@around("replace_ffn(model")
+def replaced(**_):
+    ffn = torch.nn.Sequential(torch.nn.Linear(H, I), torch.nn.GELU(), torch.nn.Linear(I, H))
+    model, x = torch.nn.Sequential(torch.nn.LayerNorm(H), ffn), unit(9, H, dtype=torch.float32)
+    expected = model(x)
+    yield dict(moe_ext=moe_ext, model=model)
+    assert isinstance(model[1], moe_ext.MoE)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @around("parameter_groups")
@@ -104,6 +141,52 @@ def stages(**_):
     torch.testing.assert_close(names["y"], layer.eval()(x))
 
 
+@around("testing.compare")
+def stage_by_stage(capsys, **_):
+    layer = make()
+    yield dict(moe_ext=moe_ext, layer=layer, x=unit(9, H, dtype=torch.float64))
+    assert "capacity_scatter" in capsys.readouterr().out
+
+
+@around("set_loss_scale")
+def scaled(**_):
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    layer = make()
+    names = dict(moe_ext=moe_ext, model=layer, scaler=scaler, accumulation_steps=4)
+    yield names
+    assert layer.loss_scale == scaler.get_scale() / 4
+
+
+def moved_biases(layer):
+    layer(unit(9, H, dtype=torch.float64))
+    return layer.gate.e_score_correction_bias.clone()
+
+
+@around("update_router_biases(model)")
+def balanced(**_):
+    layer = make(bias_update_rate=0.1)
+    before = moved_biases(layer)
+    yield dict(moe_ext=moe_ext, model=layer)
+    assert not torch.equal(layer.gate.e_score_correction_bias, before)
+
+
+@around("update_router_biases_on_step")
+def balanced_on_step(**_):
+    layer = make(bias_update_rate=0.1)
+    names = dict(moe_ext=moe_ext, model=layer, optimizer=torch.optim.SGD(layer.parameters()))
+    yield names
+    before = moved_biases(layer)
+    names["optimizer"].step()
+    assert not torch.equal(layer.gate.e_score_correction_bias, before)
+
+
+@around("routing=routing")
+def replayed(**_):
+    names = dict(layer=make(), x=unit(9, H, dtype=torch.float64))
+    yield names
+    assert torch.equal(names["again"], names["y"])
+
+
 @around("RoutingCallback")
 def in_transformers(monkeypatch, **_):
     transformers = pytest.importorskip("transformers")
@@ -152,23 +235,68 @@ def lora(**_):
     assert any(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("place", range(len(BLOCKS)))
+@pytest.mark.skipif(
+    BACKEND == "cuda", reason="the blocks' tensors are a CPU's, as their texts have them"
+)
+@pytest.mark.parametrize("place", BLOCKS)
 def test_block(place, capsys, tmp_path, monkeypatch):
     block = BLOCKS[place]
     contexts = [AROUND[word] for word in AROUND if word in block]
     assert len(contexts) == 1, f"nothing here says what surrounds this block:\n{block}"
     context = contexts[0](capsys=capsys, tmp_path=tmp_path, monkeypatch=monkeypatch)
     names = next(context)
-    exec(compile(block, f"README.md, block {place}", "exec"), names)
+    exec(compile(block, place, "exec"), names)
     with pytest.raises(StopIteration):
         next(context)
 
 
 def test_every_name_that_the_text_uses_is_there():
     """After `import moe_ext` alone, in a process of its own."""
-    used = set(re.findall(r"`(moe_ext(?:\.\w+)+)", (ROOT / "README.md").read_text()))
+    used = set(re.findall(r"`(moe_ext(?:\.\w+)+)", "".join(PAGES.values())))
     used -= {name for name in used if name.startswith("moe_ext.integrations")}
     assert "moe_ext.testing.compare" in used
     code = f"import moe_ext\nfor name in {sorted(used)}: eval(name)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def writers(monkeypatch):
+    """The modules that write the tables."""
+    pytest.importorskip("transformers")
+    for folder in ("benchmarks", "examples"):
+        monkeypatch.syspath_prepend(ROOT / folder)
+    import publish_study
+    import report_layer
+    import report_models
+    import report_peers
+
+    return publish_study, report_layer, report_models, report_peers
+
+
+def test_the_tables_are_the_committed_results(writers):
+    publish_study, report_layer, report_models, report_peers = writers
+    results = {
+        path.stem: json.loads(path.read_text())
+        for path in (ROOT / "benchmarks" / "results").glob("*.json")
+    }
+    page, study = PAGES["benchmarks.md"], PAGES["training_study.md"]
+    shown = {
+        name
+        for kind, table in {
+            "layer_cpu": report_layer.table,
+            "models_cpu": report_models.table,
+            "peers_": report_peers.short_table,
+        }.items()
+        for name in results
+        if name.startswith(kind) and table(results[name]) in page
+    }
+    shown |= {
+        f"study_{name}"
+        for name in ("dense_vs_moe", "parts", "sweep")
+        if publish_study.section(name, results[f"study_{name}"]) in study
+    }
+    assert shown == results.keys()
+    models = [results[name] for name in sorted(results) if name.startswith("models_cpu")]
+    assert report_models.summary(models) in PAGES["README.md"]
+    assert report_peers.all_rows() == report_peers.ALL_ROWS.read_text()

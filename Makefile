@@ -13,6 +13,7 @@
 #   make bench-peers  the experts beside those; ARGS go to benchmarks/bench_peers.py
 #   make wheel    a source archive and from it a wheel, in build/wheel, which is installed in a
 #                 fresh venv and runs its self-test there
+#   make docs     the documentation as a site, in build/docs; a dead link fails it
 #   make kernels  compiles the parts without torch alone, through CMake
 #   make clean    removes all of it
 #
@@ -45,7 +46,7 @@ CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # xdist fills the cores with processes; a thread each is then the fastest.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: test demo finetune lint format mutants bench bench-models peers bench-peers wheel \
+.PHONY: test demo finetune lint format mutants bench bench-models peers bench-peers wheel docs \
         kernels build clean emulated nvcc cuda-import gpu gpu-build gpu-tests gpu-sanitizer \
         gpu-bench gpu-dry
 
@@ -90,6 +91,11 @@ wheel: $(VENV)/ready
 	$(call new-venv,build/wheel/venv)
 	build/wheel/venv/bin/python $(QUIET_PIP) install build/wheel/moe_ext-*.whl
 	cd build/wheel && venv/bin/python -m moe_ext
+
+# Without the theme's notice of its successor.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/ready
+	$(VENV)/bin/mkdocs build --quiet --strict
 
 # KERNELS="moe_ext_cpu_kernels moe_ext_emulator" leaves the rest out.
 kernels:
@@ -169,7 +175,7 @@ $(VENV)/torch:
 $(VENV)/ready: $(VENV)/torch pyproject.toml
 	@echo "installing the tools and compiling the library (later only what changed) ..."
 	@$(PIP) install 'setuptools>=77' ninja
-	@$(PIP) install --no-build-isolation --editable '.[test,demo,lint,nvcc]'
+	@$(PIP) install --no-build-isolation --editable '.[test,demo,lint,docs,nvcc]'
 	@touch $@
 
 clean:

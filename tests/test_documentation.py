@@ -260,6 +260,20 @@ def test_every_name_that_the_text_uses_is_there():
     assert done.returncode == 0, done.stderr
 
 
+def test_every_file_that_the_text_names_is_there():
+    """By its path or, below the folder that a text is about, by its name."""
+    text = "".join([*PAGES.values(), (ROOT / "CONTRIBUTING.md").read_text()])
+    named = set(re.findall(r"`([\w./-]+\.(?:py|cpp|h|cuh?|inl|md|txt|json|ipynb|yml))`", text))
+    # torch has those.
+    named -= {"torch/library.h", "ATen/core/Tensor.h", "ATen/ops/....h", "torch/extension.h"}
+    assert "csrc/schema.cpp" in named and "tiles.cuh" in named
+    folders = ("csrc", "moe_ext", "tests", "benchmarks", "examples", "docs")
+    files = [p for folder in folders for p in (ROOT / folder).rglob("*.*")]
+    paths = {f"/{p.relative_to(ROOT).as_posix()}" for p in [*files, *ROOT.glob("*.*")]}
+    missing = {name for name in named if not any(path.endswith(f"/{name}") for path in paths)}
+    assert not missing
+
+
 @pytest.fixture
 def writers(monkeypatch):
     """The modules that write the tables."""

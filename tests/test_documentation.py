@@ -314,3 +314,29 @@ def test_the_tables_are_the_committed_results(writers):
     models = [results[name] for name in sorted(results) if name.startswith("models_cpu")]
     assert report_models.summary(models) in PAGES["README.md"]
     assert report_peers.all_rows() == report_peers.ALL_ROWS.read_text()
+
+
+def test_readme_s_claims_are_the_committed_results():
+    text = PAGES["README.md"]
+    results = ROOT / "tests" / "integrations" / "results" / "conformance.md"
+    rows = re.findall(r"^\| \w+ \| \w+Experts \|.*", results.read_text(), re.M)
+    pairs = re.findall(r"(\d\.\de-\d+) \((\d\.\de-\d+)\)", "".join(rows))
+    worst = max(float(ours) / float(eager) for ours, eager in pairs)
+    assert f"All {len(rows)} expert classes" in text
+    assert f"at most {worst:.2f} times" in text
+
+    kept, slower = {"train": [], "lora": []}, []
+    for path in (ROOT / "benchmarks" / "results").glob("models_cpu*.json"):
+        for case in json.loads(path.read_text())["cases"]:
+            for task, result in case["tasks"].items():
+                fastest = min(result["against"].values(), default=1)
+                slower += [f"{fastest:.2f}x"] * (fastest < 1)
+                if task in kept:
+                    saved = dict(result["saved_bytes"])
+                    kept[task].append(100 * saved.pop("moe_ext") / min(saved.values()))
+    assert f"{min(kept['train']):.0f} to {max(kept['train']):.0f} %" in text
+    assert f"{min(kept['lora']):.0f} % of PEFT's" in text
+    assert (
+        f"apart from two that decode single tokens in float32 ({' and '.join(sorted(slower))})"
+        in (" ".join(text.split()))
+    )

@@ -92,10 +92,10 @@ wheel: $(VENV)/ready
 	build/wheel/venv/bin/python $(QUIET_PIP) install build/wheel/moe_ext-*.whl
 	cd build/wheel && venv/bin/python -m moe_ext
 
-# Without the theme's notice of its successor.
+# Not --quiet, under which --strict sees no warning. Without the theme's notice of its successor.
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/ready
-	$(VENV)/bin/mkdocs build --quiet --strict
+	$(VENV)/bin/mkdocs build --strict
 
 # KERNELS="moe_ext_cpu_kernels moe_ext_emulator" leaves the rest out.
 kernels:

@@ -12,7 +12,7 @@ the backward pass. `gather_rows` copies tokens into plan order, for rows that tr
 T tokens, H hidden size, I intermediate size, E experts, K top_k, C capacity. An
 assignment (t, j) is token t's j-th choice; a row is a kept assignment's place in
 expert order; a `Plan` says which assignment became which row. Row arrays have
-R = min(T*K, E*C*num_sequences) entries, known before any routing; what the plan does
+R = min(T K, E C num_sequences) entries, known before any routing; what the plan does
 not use of them, its tail, holds -1 in indices and 0 in rows.
 
 All functions: the same inputs give the same bits, forward and backward, whatever the

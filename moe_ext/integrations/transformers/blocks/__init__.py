@@ -60,8 +60,8 @@ def replace(model: nn.Module) -> dict[str, nn.Module]:
         ValueError: there is nothing to replace, or some experts of a block are frozen and
             others not, which one parameter cannot be.
         RuntimeError: a block is not as in the transformers that this was proven with, or
-            its forward is already someone else's (accelerate's hooks).
-        The model is then unchanged.
+            its forward is already that of something else (accelerate's hooks). In all
+            cases the model is left unchanged.
     """
     found = _modules(model, "replace", lambda module: _path(type(module)) in _FAMILY)
     if not found:

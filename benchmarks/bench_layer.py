@@ -16,7 +16,7 @@ ratios. Forward is inference (no_grad); forward+backward takes the gradient of x
 all parameters, which are set to None between the calls. The tokens are such that every
 side chooses the same experts, and outputs are compared before anything is timed.
 
-With `--device cuda` bench_layer_cuda.py runs in its place.
+On a GPU bench_layer_cuda.py stands in its place: other shapes, other clocks.
 
 Decoding is timed with the weights out of the caches, and counted in bytes of
 weights of the chosen experts a second, as a share of the machine's read bandwidth,
@@ -25,17 +25,22 @@ which is measured in every round.
 
 import argparse
 import statistics
-import sys
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import harness
-import moe_ext
 import report_layer
+from sides import (
+    TOLERANCE,
+    check_agreement,
+    clear_tokens,
+    inference,
+    our_layer,
+    peer_block,
+    training,
+)
 
 
 class Shape(NamedTuple):
@@ -57,50 +62,14 @@ SHAPES = {
     "decode_finest_16": Shape(16, 1024, 384, 128, 8, "decode"),
     "overhead": Shape(16, 64, 128, 8, 2, "train"),
 }
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
-
-
-def our_layer(shape, dtype, device):
-    layer = moe_ext.MoE(
-        shape.hidden, shape.intermediate, shape.num_experts, shape.top_k,
-        capacity_factor=None, aux_loss_coef=0.0, dtype=dtype, device=device,
-    )  # fmt: skip
-    for parameter in layer.parameters():  # unit scale: a smaller one would hide differences
-        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return layer
-
-
-def peer_block(implementation, shape, layer):
-    """transformers' block over the layer's own parameters."""
-    config = MixtralConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_local_experts=shape.num_experts,
-        num_experts_per_tok=shape.top_k,
-    )
-    config._experts_implementation = implementation
-    with torch.device("meta"):
-        block = MixtralSparseMoeBlock(config)
-    block.load_state_dict(layer.state_dict(), assign=True)
-    return block.requires_grad_(True)
-
-
-def clear_tokens(layer, shape, dtype, device):
-    """x (1, T, H): of four times as many, the tokens whose K-th choice is furthest ahead of
-    the next one, so that a router in bfloat16 chooses the same experts."""
-    candidates = torch.randn(4 * shape.tokens, shape.hidden, device=device).to(dtype)
-    logits = candidates.double() @ layer.gate.weight.detach().double().T
-    best = logits.topk(shape.top_k + 1).values
-    clearest = (best[:, -2] - best[:, -1]).argsort(descending=True)[: shape.tokens]
-    return candidates[clearest.sort().values][None]
 
 
 class Dense(torch.nn.Module):
     """The bound: T*K rows through one expert."""
 
-    def __init__(self, shape, dtype, device):
+    def __init__(self, shape, dtype):
         super().__init__()
-        kwargs = dict(bias=False, dtype=dtype, device=device)
+        kwargs = dict(bias=False, dtype=dtype)
         self.gate_up_proj = torch.nn.Linear(shape.hidden, 2 * shape.intermediate, **kwargs)
         self.down_proj = torch.nn.Linear(shape.intermediate, shape.hidden, **kwargs)
 
@@ -109,51 +78,18 @@ class Dense(torch.nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-def inference(module, x):
-    def call():
-        with torch.no_grad():
-            module(x)
-
-    return call
-
-
-def training(module, x, grad):
-    x = x.detach().clone().requires_grad_()
-
-    def call():
-        module(x).backward(grad)
-
-    def reset():
-        x.grad = None
-        module.zero_grad(set_to_none=True)
-
-    return call, reset
-
-
-def check_agreement(name, layer, block, x):
-    _, routing = layer(x, return_routing=True)
-    theirs = block.gate(x)[2]
-    if not torch.equal(routing.experts.long().sort(-1).values, theirs.sort(-1).values):
-        raise RuntimeError(f"{name}: the peer chose other experts, the timings would not compare")
-    ours, theirs = layer(x).double(), block(x).double()
-    error = ((ours - theirs).norm() / theirs.norm()).item()
-    tolerance = TOLERANCE[str(x.dtype).removeprefix("torch.")]
-    if not error <= tolerance:
-        raise RuntimeError(f"{name}: outputs differ by {error:.2e} of their norm, over {tolerance}")
-
-
-def bench_case(name, shape, dtype, device, repeats, read):
+def bench_case(name, shape, dtype, repeats, read):
     """One case of the results file: every side's times, and what they mean."""
     torch.manual_seed(0)
-    layer = our_layer(shape, dtype, device)
-    x = clear_tokens(layer, shape, dtype, device)
+    layer = our_layer(shape, dtype, "cpu")
+    x = clear_tokens(layer, shape, dtype, "cpu")
     implementations = ["eager", "grouped_mm"] + ["batched_mm"] * (shape.tokens <= 16)
     sides = {"ours": layer}
     for implementation in implementations:
         sides[implementation] = peer_block(implementation, shape, layer)
         with torch.no_grad():
             check_agreement(implementation, layer.eval(), sides[implementation].eval(), x)
-    dense = Dense(shape, dtype, device)
+    dense = Dense(shape, dtype)
     rows = x[0].repeat_interleave(shape.top_k, 0)
     with torch.no_grad():
         counts = layer(x, return_routing=True)[1].plan.expert_counts
@@ -237,7 +173,6 @@ def main():
     parser.add_argument("--repeats", type=int, default=11, help="rounds (default 11)")
     parser.add_argument("--quick", action="store_true", help="3 rounds, for a first look")
     parser.add_argument("--threads", type=int, default=None, help="default: torch's")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", help="results file (default benchmarks/results/layer_cpu.json)")
     parser.add_argument("--dry-run", action="store_true", help="write no results")
     parser.add_argument("--update-docs", action="store_true")
@@ -245,7 +180,7 @@ def main():
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    path = arguments.out or harness.RESULTS / f"layer_{arguments.device}.json"
+    path = arguments.out or harness.RESULTS / "layer_cpu.json"
     read = harness.MemoryRead()
     about = dict(
         machine=harness.machine(),
@@ -260,7 +195,6 @@ def main():
                 name,
                 SHAPES[name],
                 getattr(torch, dtype),
-                arguments.device,
                 3 if arguments.quick else arguments.repeats,
                 read,
             )
@@ -273,9 +207,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if {"cuda", "--device=cuda"} & set(sys.argv):  # other shapes, other clocks: a file of its own
-        import bench_layer_cuda
-
-        bench_layer_cuda.main()
-    else:
-        main()
+    main()

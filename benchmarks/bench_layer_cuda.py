@@ -1,7 +1,7 @@
-"""moe_ext.MoE on a GPU, beside its peers and beside the bound: `bench_layer.py --device cuda`.
+"""moe_ext.MoE on a GPU, beside its peers and beside the bound.
 
     make gpu-bench                                            # all shapes, bfloat16
-    python benchmarks/bench_layer.py --device cuda --shapes mixtral olmoe --repeats 30
+    python benchmarks/bench_layer_cuda.py --shapes mixtral olmoe --repeats 30
 
 ours   moe_ext.MoE, dropless, without losses: what the peers compute
 peers  transformers' MixtralSparseMoeBlock with `grouped_mm` experts; the kernels of Liger
@@ -28,10 +28,10 @@ from typing import NamedTuple
 
 import torch
 
-import bench_layer
 import harness
 import moe_ext
 from moe_ext import functional
+from sides import check_agreement, clear_tokens, inference, our_layer, peer_block, training
 
 
 class Shape(NamedTuple):
@@ -225,13 +225,13 @@ PEERS = {
 
 def contestants(shape, layer, x):
     """({side: module}, {peer: why it is not compared})"""
-    block = bench_layer.peer_block("grouped_mm", shape, layer)
+    block = peer_block("grouped_mm", shape, layer)
     sides, absent = {"ours": layer}, {}
     for name, make in PEERS.items():
         try:
             peer = make(block, shape)
             with torch.no_grad():
-                bench_layer.check_agreement(name, layer.eval(), peer.eval(), x)
+                check_agreement(name, layer.eval(), peer.eval(), x)
             if shape.kind == "train":
                 y = peer.train()(x.detach().requires_grad_())
                 torch.autograd.grad(y.sum(), [*peer.parameters()], allow_unused=True)
@@ -243,7 +243,7 @@ def contestants(shape, layer, x):
 
 
 def skewed_tokens(layer, shape, dtype, device):
-    """As bench_layer.clear_tokens, but 30 % of the tokens choose expert 0 and none chooses
+    """As clear_tokens, but 30 % of the tokens choose expert 0 and none chooses
     one of the last eighth: two of the features say so."""
     candidates = torch.randn(4 * shape.tokens, shape.hidden, device=device)
     candidates[:, 0], candidates[:, 1] = 4.0, 0.0
@@ -312,11 +312,11 @@ def summary(times, flops):
 
 def bench_case(name, shape, dtype, repeats, timer, bandwidth):
     torch.manual_seed(0)
-    layer = bench_layer.our_layer(shape, dtype, timer.device)
+    layer = our_layer(shape, dtype, timer.device)
     if shape.skewed:
         x = skewed_tokens(layer, shape, dtype, timer.device)
     else:
-        x = bench_layer.clear_tokens(layer, shape, dtype, timer.device)
+        x = clear_tokens(layer, shape, dtype, timer.device)
     sides, absent = contestants(shape, layer, x)
     flops = 6 * shape.tokens * shape.top_k * shape.hidden * shape.intermediate
     with torch.no_grad():
@@ -330,7 +330,7 @@ def bench_case(name, shape, dtype, repeats, timer, bandwidth):
         "not_compared": absent,
     }
     bound = Bound(shape, dtype, timer.device)
-    calls = {side: bench_layer.inference(module.eval(), x) for side, module in sides.items()}
+    calls = {side: inference(module.eval(), x) for side, module in sides.items()}
     times = timer.interleaved({**calls, "bound": bound.forward}, repeats)
     times["bound"] = [t + bound.forward_bytes / bandwidth for t in times["bound"]]
     case["forward"] = summary(times, flops)
@@ -344,7 +344,7 @@ def bench_case(name, shape, dtype, repeats, timer, bandwidth):
     case["stages"] = stages(shape, layer, x, timer, bandwidth)
 
     grad = torch.randn_like(x)
-    pairs = {side: bench_layer.training(m.train(), x, grad) for side, m in sides.items()}
+    pairs = {side: training(m.train(), x, grad) for side, m in sides.items()}
 
     def reset():
         for _, clear in pairs.values():
@@ -459,7 +459,6 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=["cuda"], default="cuda")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument(
         "--dtypes", nargs="+", choices=["bfloat16", "float16"], default=["bfloat16"]
@@ -471,7 +470,7 @@ def main():
     parser.add_argument("--dry", action="store_true", help="tiny shapes, without a GPU")
     arguments = parser.parse_args()
     if not (arguments.dry or torch.cuda.is_available()):
-        raise SystemExit("bench_layer.py --device cuda: torch sees no GPU")
+        raise SystemExit("bench_layer_cuda.py: torch sees no GPU")
     shapes = DRY_SHAPES if arguments.dry else {name: SHAPES[name] for name in arguments.shapes}
     timer = DryTimer() if arguments.dry else Timer()
 

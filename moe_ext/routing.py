@@ -97,14 +97,14 @@ class Router(nn.Module):
 
     def float32_bias(self) -> Tensor | None:
         """The selection bias, float32 again where something assigned it in another dtype."""
-        bias: Tensor | None = self.e_score_correction_bias
+        bias = self._buffers["e_score_correction_bias"]
         if bias is not None and bias.dtype != torch.float32:
             bias = bias.float()
             self.e_score_correction_bias = bias
         return bias
 
     def _apply(self, fn, recurse=True):
-        bias: Tensor | None = self.e_score_correction_bias
+        bias = self.e_score_correction_bias
 
         def keep_float32(tensor):
             changed = fn(tensor)

@@ -74,14 +74,7 @@ def parts(out, dry):
         """`few`: what a dry run takes of it."""
         return pytest(name, "--backend", backend, *(few if dry else ["-n", workers]), *tests)
 
-    bench = [
-        sys.executable,
-        "benchmarks/bench_layer.py",
-        "--device",
-        "cuda",
-        "--out",
-        out / "bench.json",
-    ]
+    bench = [sys.executable, "benchmarks/bench_layer_cuda.py", "--out", out / "bench.json"]
     setup = [sys.executable, "setup.py"]
     found = {
         "build": Part(

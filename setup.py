@@ -154,16 +154,20 @@ class BuildExt(cpp_extension.BuildExtension):
         compiler = subprocess.run(
             [*self.compiler.compiler_cxx[:1], "--version"], capture_output=True, text=True
         )
+        gpus = cuda_archs() if WITH_CUDA else []
         info = {
             "torch": torch.__version__,
             "cuda": torch.version.cuda if WITH_CUDA else None,
             "python": platform.python_version(),
-            "archs": [platform.machine(), *(cuda_archs() if WITH_CUDA else [])],
+            "archs": [platform.machine(), *gpus],
             "git": git_commit(),
             "compiler": compiler.stdout.partition("\n")[0],
         }
         header = Path(self.build_temp).resolve() / "include" / "build_info.h"
-        text = f"#define MOE_EXT_BUILD_INFO {json.dumps(json.dumps(info))}\n"
+        text = (
+            f"#define MOE_EXT_BUILD_INFO {json.dumps(json.dumps(info))}\n"
+            f"#define MOE_EXT_BUILT_FOR {json.dumps(', '.join(gpus))}\n"
+        )
         if not header.exists() or header.read_text() != text:
             header.parent.mkdir(parents=True, exist_ok=True)
             header.write_text(text)

@@ -44,6 +44,8 @@ def test_the_stages_are_among_them():
 def test_what_was_built_for():
     built = [arch for arch in _load.BUILD_INFO["archs"] if arch.startswith(("sm_", "compute_"))]
     assert built and _load.BUILD_INFO["cuda"] == torch.version.cuda
+    # As the error for another GPU names them: csrc/cuda/device.h.
+    assert f"{', '.join(built)}\0".encode() in _load.find_library().read_bytes()
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if re.fullmatch(r"(\d+\.\d+a?(\+PTX)?;?)+", asked):
         for arch in filter(None, asked.split(";")):

@@ -1,5 +1,5 @@
-// accumulate_stats on CUDA: checks, allocates, launches. It mutates its first arguments
-// without a word to the host, and does nothing while a backward pass recomputes.
+// accumulate_stats on CUDA: checks, allocates, launches. It adds to its first arguments in
+// place, reads nothing back, and does nothing while a backward pass recomputes.
 
 #include "checks/accumulate_stats.h"
 

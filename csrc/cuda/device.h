@@ -25,7 +25,6 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <algorithm>
 #include <string>
 #define MOE_EXT_CUDA_KEY CUDA
 #endif
@@ -72,24 +71,15 @@ class OnDevice {
   c10::cuda::CUDAGuard guard_;
 };
 
-extern const char build_info[];  // build_info.cpp
+extern const char built_for[];  // build_info.cpp: "sm_80, compute_80"
 
-// "sm_80, compute_80": the build info's "archs", which begin with the CPU's.
-inline std::string built_archs() {
-  const std::string info = build_info, key = "\"archs\": [";
-  const size_t begin = info.find(", ", info.find(key)) + 2, end = info.find(']', begin);
-  std::string archs = info.substr(begin, end - begin);
-  archs.erase(std::remove(archs.begin(), archs.end(), '"'), archs.end());
-  return archs;
-}
-
-// What to tell whoever has a GPU that was not built for.
+// The error for a GPU that was not built for.
 inline std::string other_gpu(const cudaDeviceProp& device) {
   const std::string major = std::to_string(device.major), minor = std::to_string(device.minor);
   const char* all =
       device.major == 9 && device.minor == 0 ? "a" : "";  // as moe_ext/_load.py has it
-  return std::string("moe_ext was built for ") + built_archs() + ", and this GPU is a " +
-         device.name + " (sm_" + major + minor +
+  return std::string("moe_ext was built for ") + built_for + ", and this GPU is a " + device.name +
+         " (sm_" + major + minor +
          "). Rebuild it for this one: " + "TORCH_CUDA_ARCH_LIST=" + major + "." + minor + all +
          " pip install --no-build-isolation --no-deps --force-reinstall . in the folder of"
          " moe_ext's sources (sm_80 is the oldest that it can be built for)";
@@ -118,7 +108,7 @@ inline void check_launch(const char* op, cudaError_t error) {
 #ifdef MOE_EXT_EMULATOR
   TORCH_CHECK(false, op, ": ", emulator::error_name(error));
 #else
-  cudaGetLastError();  // a failed launch must not be found again by whoever looks next
+  cudaGetLastError();  // a failed launch must not be reported again by the next check
   if (error == cudaErrorNoKernelImageForDevice) {
     cudaDeviceProp device{};
     C10_CUDA_CHECK(cudaGetDeviceProperties(&device, c10::cuda::current_device()));

@@ -1,5 +1,5 @@
-// topk_route on CUDA: checks, allocates, launches. What the arguments mean stands in
-// csrc/schema.cpp; the kernels are in kernels/topk_route.cu.
+// topk_route on CUDA: checks, allocates, launches. What the arguments mean is said in
+// moe_ext/functional.py; the kernels are in kernels/topk_route.cu.
 //
 // An id below 0 is known to the device only: it counts as a sentinel, like E and above.
 

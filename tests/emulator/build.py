@@ -118,7 +118,11 @@ def write_ninja(kind):
     include = target / "include"
     (ROOT / include).mkdir(parents=True, exist_ok=True)
     header = ROOT / include / "build_info.h"
-    text = f"#define MOE_EXT_BUILD_INFO {json.dumps(json.dumps(build_info()))}\n"
+    info = build_info()
+    text = (
+        f"#define MOE_EXT_BUILD_INFO {json.dumps(json.dumps(info))}\n"
+        f"#define MOE_EXT_BUILT_FOR {json.dumps(', '.join(info['archs']))}\n"
+    )
     if not header.exists() or header.read_text() != text:
         header.write_text(text)
 

@@ -33,7 +33,8 @@ def compile_for_gpu():
     target = root / "build" / "primitives" / "libprimitives.so"
     target.parent.mkdir(parents=True, exist_ok=True)
     sources = [file for file in sorted(HERE.glob("kernels/*.cu")) if file.name != "faulty.cu"]
-    newest = max(file.stat().st_mtime for file in [*sources, *root.glob("csrc/cuda/kernels/*.cuh")])
+    headers = [*HERE.glob("kernels/*.*h"), *root.glob("csrc/cuda/kernels/*.cuh")]
+    newest = max(file.stat().st_mtime for file in [*sources, *headers])
     if not target.exists() or target.stat().st_mtime < newest:
         major, minor = torch.cuda.get_device_capability()
         nvcc = f"{CUDA_HOME}/bin/nvcc" if CUDA_HOME else "nvcc"

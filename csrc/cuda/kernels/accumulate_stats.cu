@@ -15,8 +15,9 @@
 #include <algorithm>
 
 #include "accumulate_stats.h"
+#include "dtypes.cuh"
 #include "platform.cuh"
-#include "route_row.cuh"
+#include "scores.cuh"
 
 namespace moe_ext::cuda {
 namespace {
@@ -32,15 +33,14 @@ __device__ __forceinline__ void add(StatsPart& sum, const StatsPart& part) {
   sum.lost += part.lost;
 }
 
-// One token, of whom every lane gets the same account.
+// One token's part, of which every lane gets the same bits.
 template <class A>
 __device__ __forceinline__ StatsPart token_stats(const AccumulateStats& p, int64_t t, int lane) {
   const int E = static_cast<int>(p.num_experts);
-  const Team<kWarpSize, 0> warp{lane, E};
   const auto logit = [&](int e) { return load_as<A>(p.logits, p.dtype, t * E + e); };
   A max = -kInfinity<A>;
   for (int e = lane; e < E; e += kWarpSize) max = larger(max, logit(e));
-  max = warp.max(max);
+  max = max_over_lanes<kWarpSize>(max);
   A sum = 0, weighted = 0;
   for (int e = lane; e < E; e += kWarpSize) {
     const A distance = logit(e) - max;
@@ -49,8 +49,8 @@ __device__ __forceinline__ StatsPart token_stats(const AccumulateStats& p, int64
     // A score that underflowed counts 0, not 0 * -inf; a NaN is not hidden: `sum` has it.
     if (score > A(0)) weighted += score * (p.is_sigmoid ? logarithm(score) : distance);
   }
-  sum = warp.sum(sum);
-  weighted = warp.sum(weighted);
+  sum = sum_over_lanes<kWarpSize>(sum);
+  weighted = sum_over_lanes<kWarpSize>(weighted);
 
   const ExpertIds ids{p.experts, p.experts_are_int64};
   int assigned = 0, kept = 0;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) add_stats_kernel(const AccumulateSta
   parts[threadIdx.x] = own;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (threadIdx.x < half) add(parts[threadIdx.x], parts[threadIdx.x + half]);
+    if (static_cast<int>(threadIdx.x) < half) add(parts[threadIdx.x], parts[threadIdx.x + half]);
   }
   if (threadIdx.x == 0) {
     const StatsPart& sum = parts[0];

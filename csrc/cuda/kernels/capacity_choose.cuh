@@ -1,4 +1,4 @@
-// Who stays when the largest weights do: the fourth kernel of capacity_scatter.
+// Each expert's C largest weights, and their rows: the pass `choose` of capacity_scatter.
 //
 // A block takes an expert's assignments of one sequence (a bucket), which lie in the list
 // one after another. If they are more than C it finds the C-th largest weight by a radix
@@ -47,7 +47,7 @@ __device__ __forceinline__ int32_t sum_below(int32_t value, int32_t& total) {
   __shared__ int32_t warp_sums[kWarps];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int32_t sum = sum_through_lane(lane, value);
-  __syncthreads();  // whoever used `warp_sums` before is done
+  __syncthreads();  // earlier reads of `warp_sums` are done
   if (lane == kWarpSize - 1) warp_sums[warp] = sum;
   __syncthreads();
   int32_t below = 0;
@@ -59,7 +59,7 @@ __device__ __forceinline__ int32_t sum_below(int32_t value, int32_t& total) {
   return below + sum - value;
 }
 
-// Who stays: keys above `key`, and the first `ties` of those that equal it.
+// What stays: keys above `key`, and the first `ties` of those that equal it.
 struct Threshold {
   uint64_t key;
   int32_t ties;

@@ -10,7 +10,7 @@
 
 namespace moe_ext::cuda {
 
-// Who stays in a full expert; kNone: nobody is ever dropped.
+// Which assignments stay in a full expert; kNone: all, as none is full.
 enum class DropOrder { kNone, kChoice, kToken, kProbs };
 
 // How the assignments are cut up: every sequence into segments of neighbours, each of
@@ -69,7 +69,7 @@ struct CapacityScatter {
   int32_t capacity;     // C; any but with kNone
 
   // (T, K), element (t, j) at data + t * token_stride + j * choice_stride. An id that is
-  // not in 0..E-1 is nobody's.
+  // not in 0..E-1 is a sentinel.
   const void* experts;
   bool experts_are_int64;
   int64_t experts_token_stride, experts_choice_stride;
@@ -86,12 +86,12 @@ struct CapacityScatter {
   int32_t* expert_counts;   // (E)
 
   // The workspace: see set_workspace.
-  int32_t* ticket;       // how many blocks are through with the scan
+  int32_t* ticket;       // how many blocks are through with `number`
   int32_t* first_row;    // (segments, E): each segment's first row within the expert
   int32_t* cells;        // (sequences, choices, segments of a sequence, E): counts; after
-                         // the scan how many of them stay, or (kProbs) begins in the list
+                         // `admit` how many of them stay, or (kProbs) begins in the list
   int32_t* next_row;     // (segments, E), unless the counters are in shared memory
-  int32_t* all_offsets;  // kProbs: (E+1), expert_offsets as if nobody were dropped
+  int32_t* all_offsets;  // kProbs: (E+1), expert_offsets as if nothing were dropped
   int32_t* list;         // kProbs: (T*K) assignments in expert order
 
   void set_workspace(int32_t* workspace) {

@@ -17,7 +17,7 @@ __device__ __forceinline__ Assignment locate(const CapacityScatter& p, int64_t a
   return {static_cast<int32_t>(a / k), static_cast<int32_t>(a % k)};
 }
 
-// The assignment's expert, or -1 for nobody's.
+// The assignment's expert, or -1 for a sentinel's and for padding's.
 __device__ __forceinline__ int32_t expert_of(const CapacityScatter& p, Assignment a) {
   if (p.padding != nullptr && p.padding[a.token * p.padding_stride]) return -1;
   const int64_t at = a.token * p.experts_token_stride + a.choice * p.experts_choice_stride;

@@ -2,7 +2,7 @@
 // neighbouring columns of one row calls the function of the epilogue's kind.
 //
 //   epilogue_store      out[r][n] = acc + bias[n]
-//   epilogue_activate   h = acc + bias (kept, unless nobody wants it), out[r][i] = act(h)
+//   epilogue_activate   h = acc + bias (kept if asked for), out[r][i] = act(h)
 //   epilogue_backward   acc is dA[r][i] = <dy, W_down column i>, before the routing weight w:
 //                       A is recomputed from the kept h; dh[r] = w dA act'(h),
 //                       out[r][i] = w A; returns <dA, A> over its columns, the row's part

@@ -133,7 +133,7 @@ class MnMajorLoader {
  private:
   static __device__ __forceinline__ int row_in_tile() { return threadIdx.x / Tile::kChunks; }
 
-  // Where the next tile's rows are: asked for a tile ahead, so that nobody waits for it.
+  // Where the next tile's rows are: read a tile ahead, so that no thread waits for it.
   __device__ __forceinline__ void look_up() {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {

@@ -1,9 +1,9 @@
 // What every kernel file includes first, and the only file that knows whether nvcc or
 // the emulator (tests/emulator/, a host compiler) compiles it.
 //
-// A kernel is written once, as ordinary CUDA C++. Three things differ from a textbook's,
-// and are here: dynamic shared memory is one struct, through dyn_smem<Smem>(); a kernel is
-// launched through launch(), never through <<<>>>; instructions that C++ cannot say are
+// A kernel is written once, as ordinary CUDA C++. Three things differ from a textbook's:
+// dynamic shared memory is one struct, through dyn_smem<Smem>(); a kernel is launched
+// through launch(), never through <<<>>>; instructions that C++ has no word for are
 // functions in ptx.cuh.
 #pragma once
 

@@ -1,7 +1,8 @@
 // Instructions that CUDA C++ has no word for: one function each, and no inline assembly
-// anywhere else. Every function has two halves, the instruction for nvcc and the
+// anywhere else in csrc. Every function has two halves, the instruction for nvcc and the
 // emulator's account of it, and a test in tests/emulator/test_primitives.py that holds
-// both to the PTX manual.
+// both to the PTX manual. More of them, which no kernel needs so far, are in
+// tests/emulator/kernels/more_ptx.cuh.
 //
 // Where a function is a warp's (ldmatrix, mma) all 32 lanes call it together. Lanes are
 // counted as the manual does: group = lane / 4, of 8; member = lane % 4.
@@ -20,54 +21,13 @@ __device__ __forceinline__ uint32_t smem_u32(const void* pointer) {
 #endif
 }
 
-// ---- named barriers: 0 is __syncthreads, 1 to 15 are free ------------------------
-
-// Waits until `threads` threads (whole warps) have come to barrier `id`. What they wrote
-// before is then visible to all of them.
-__device__ __forceinline__ void named_bar_sync(int id, int threads) {
-#ifdef MOE_EXT_EMULATOR
-  emulator::barrier(id, threads, emulator::kBarrierSync, 0);
-#else
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#endif
-}
-
-// Counts as having come to barrier `id`, and goes on: for a producer, whose consumers
-// call named_bar_sync. `threads` counts both.
-__device__ __forceinline__ void named_bar_arrive(int id, int threads) {
-#ifdef MOE_EXT_EMULATOR
-  emulator::barrier(id, threads, emulator::kBarrierArrive, 0);
-#else
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#endif
-}
-
 // ---- cp.async: copies from global to shared memory that run beside the thread --------
 //
-// A copy moves 4, 8 or 16 bytes; both addresses are multiples of that. Only the first
+// A copy moves 16 bytes, past L1 (.cg); both addresses are multiples of that. Only the first
 // `bytes` are read, the rest of the target becomes zero: with 0, `source` is not read at
 // all, but must still be a valid pointer. The target may be touched after
 // cp_async_wait, by this thread; by others after a barrier behind it.
 
-__device__ __forceinline__ void cp_async_4(uint32_t target, const void* source, int bytes = 4) {
-#ifdef MOE_EXT_EMULATOR
-  emulator::cp_async(target, source, 4, bytes);
-#else
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(bytes)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void cp_async_8(uint32_t target, const void* source, int bytes = 8) {
-#ifdef MOE_EXT_EMULATOR
-  emulator::cp_async(target, source, 8, bytes);
-#else
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(target), "l"(source), "r"(bytes)
-               : "memory");
-#endif
-}
-
-// Past L1 (.cg), which only 16 bytes can be.
 __device__ __forceinline__ void cp_async_16(uint32_t target, const void* source, int bytes = 16) {
 #ifdef MOE_EXT_EMULATOR
   emulator::cp_async(target, source, 16, bytes);
@@ -102,52 +62,7 @@ __device__ __forceinline__ void cp_async_wait() {
 // Lane 8 m + r gives the address of row r of matrix m: 16 bytes, aligned to 16. Register m
 // of a lane then holds elements (group, 2 member) and (group, 2 member + 1) of matrix m,
 // the lower column in the lower half; with _trans elements (2 member, group) and
-// (2 member + 1, group), as of the transposed matrix. x1 and x2 read the addresses of lanes
-// 0 to 7 and 0 to 15; the others' must be valid all the same.
-
-__device__ __forceinline__ void ldmatrix_x1(uint32_t& r, uint32_t row) {
-#ifdef MOE_EXT_EMULATOR
-  emulator::ldmatrix(&r, row, 1, false);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
-               : "=r"(r)
-               : "r"(row)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void ldmatrix_x1_trans(uint32_t& r, uint32_t row) {
-#ifdef MOE_EXT_EMULATOR
-  emulator::ldmatrix(&r, row, 1, true);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-               : "=r"(r)
-               : "r"(row)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], uint32_t row) {
-#ifdef MOE_EXT_EMULATOR
-  emulator::ldmatrix(r, row, 2, false);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(row)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t row) {
-#ifdef MOE_EXT_EMULATOR
-  emulator::ldmatrix(r, row, 2, true);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(row)
-               : "memory");
-#endif
-}
+// (2 member + 1, group), as of the transposed matrix.
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
 #ifdef MOE_EXT_EMULATOR
@@ -180,7 +95,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row
 // half. A is 16x16: a[0] is (group, 2 member..), a[1] (group + 8, 2 member..), a[2] and
 // a[3] the same with columns + 8: what ldmatrix_x4 gives for the four quarters in the order
 // top left, bottom left, top right, bottom right. B is 16x8: b[0] is (2 member.., group),
-// b[1] (2 member + 8.., group): what ldmatrix_x2 gives of B's transpose, stored row by row.
+// b[1] (2 member + 8.., group): what ldmatrix gives of B's transpose, stored row by row.
 
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4],
                                                   const uint32_t (&b)[2]) {
@@ -233,29 +148,6 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return bits;
-#endif
-}
-
-// ---- flags between blocks -------------------------------------------------------------
-
-// Reads a flag; what its writer wrote before st_release is visible after it. A block may
-// spin on it only for a block that is sure to run: one with a lower ticket.
-__device__ __forceinline__ uint32_t ld_acquire(const uint32_t* flag) {
-#ifdef MOE_EXT_EMULATOR
-  return emulator::ld_acquire(flag);
-#else
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value;
-#endif
-}
-
-// Sets a flag, after everything that this thread has written.
-__device__ __forceinline__ void st_release(uint32_t* flag, uint32_t value) {
-#ifdef MOE_EXT_EMULATOR
-  emulator::st_release(flag, value);
-#else
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 #endif
 }
 

@@ -1,203 +1,179 @@
-// One token's logits in the hands of a team of lanes, and what they become: scores, sums,
-// the weights of the chosen experts. Shared by topk_route, its backward (which recomputes
-// the row instead of keeping it) and accumulate_stats.
+// A token's row of logits in the hands of a team of lanes: how it is held and loaded, what its
+// scores are, what its chosen experts weigh. Shared by topk_route and its backward, which
+// recomputes the row instead of keeping it; between score and weigh comes topk_choice.cuh.
 //
-// A team is 4 to 32 lanes of a warp. Each lane holds the same number of experts in
-// registers, four neighbours at a time, so that a row comes in 16-byte loads:
+// A team is 4, 16 or 32 neighbouring lanes of a warp. Each lane has as many experts as the
+// others, in slots: value[slot] belongs to team.expert(slot), and slots past E hold -inf. What
+// follows is written once, over slots; where these are, the two teams say:
+//
+//   RegisterTeam    up to 1,024 experts (float64: 512): in registers
+//   WorkspaceTeam   beyond: in global memory, which the L1 mostly answers for
+//
+// Everything a team computes depends on its own token alone, in an order fixed by E: sums go
+// over a lane's slots, then over the lanes as a butterfly, which gives all of them the same bits.
+#pragma once
+
+#include "dtypes.cuh"
+#include "platform.cuh"
+#include "scores.cuh"
+#include "topk_route.h"
+
+namespace moe_ext::cuda {
+
+// ---- hold ---------------------------------------------------------------------------
+
+// A lane has kPerLane experts, four neighbours at a time, so that a row comes in 16-byte loads:
 //
 //   lane      0          1          ..   kLanes - 1        0                  ..
 //   experts   0 1 2 3    4 5 6 7    ..   .. 4 kLanes - 1   4 kLanes ..        ..
 //   slots     0 1 2 3    0 1 2 3         0 1 2 3           4 5 6 7
 //
-// Slots past E hold -inf. Rows that no registers can hold lie in a workspace instead
-// (kPerLane = 0), where expert e is lane e % 32's: the same code, only slower.
-//
-// Everything a team computes depends on its own token alone, in an order fixed by E: sums
-// go over a lane's slots, then over the lanes as a butterfly, which gives all of them the
-// same bits.
-#pragma once
-
-#include <cmath>
-#include <cstring>
-#include <limits>
-
-#include "../../routing.h"
-#include "dtypes.cuh"
-
-namespace moe_ext::cuda {
-
-// ---- numbers ------------------------------------------------------------------------
-
-template <class A>
-constexpr A kInfinity = std::numeric_limits<A>::infinity();
-
-__device__ __forceinline__ float exponential(float x) { return expf(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ float logarithm(float x) { return logf(x); }
-__device__ __forceinline__ double logarithm(double x) { return log(x); }
-
-template <class A>
-__device__ __forceinline__ A logistic(A x) {
-  const A e = exponential(x < A(0) ? x : -x);  // cannot overflow
-  return (x < A(0) ? e : A(1)) / (A(1) + e);
-}
-
-// The larger of two; a NaN stays once it is there.
-template <class A>
-__device__ __forceinline__ A larger(A a, A b) {
-  return b > a || b != b ? b : a;
-}
-
-// ---- ids ----------------------------------------------------------------------------
-
-constexpr int32_t kLargestId = std::numeric_limits<int32_t>::max();
-
-// Expert ids, int32 or int64, as they were given: anything outside of 0..E-1 is a sentinel.
-struct ExpertIds {
-  const void* data;
-  bool is_int64;
-
-  // A sentinel comes back as E or more, within int32.
-  __device__ __forceinline__ int32_t at(int64_t index, int32_t num_experts) const {
-    const int64_t id = is_int64 ? static_cast<const int64_t*>(data)[index]
-                                : static_cast<const int32_t*>(data)[index];
-    return id < 0 ? num_experts : static_cast<int32_t>(id < kLargestId ? id : kLargestId);
-  }
-};
-
-// ---- teams --------------------------------------------------------------------------
-
+// Registers have no addresses: loops over slots are unrolled, and only then is a slot's
+// number known to the compiler.
 template <int kLanes_, int kPerLane_>
-struct Team {
-  static constexpr int kLanes = kLanes_, kPerLane = kPerLane_;
-  static constexpr bool kInRegisters = kPerLane > 0;
-  static_assert(kInRegisters ? kPerLane % 4 == 0 : kLanes == kWarpSize);
+struct RegisterTeam {
+  static constexpr int kLanes = kLanes_, kPerLane = kPerLane_, kExperts = kLanes * kPerLane;
+  static_assert(kPerLane % 4 == 0);
+
+  template <class X>
+  struct Slots {
+    X x[kPerLane];
+    __device__ __forceinline__ X& operator[](int slot) { return x[slot]; }
+  };
 
   int lane, num_experts;
 
-  __device__ __forceinline__ int slots() const {
-    return kInRegisters ? kPerLane : (num_experts + kLanes - 1) / kLanes;
-  }
+  __device__ __forceinline__ int slots() const { return kPerLane; }
   __device__ __forceinline__ int expert(int slot) const {
-    return kInRegisters ? slot / 4 * (4 * kLanes) + lane * 4 + slot % 4 : slot * kLanes + lane;
+    return slot / 4 * (4 * kLanes) + lane * 4 + slot % 4;
   }
 
-  template <class A>
-  __device__ __forceinline__ A sum(A x) const {
+  template <class T>
+  __device__ __forceinline__ void load(Slots<Compute<T>>& value, const T* row, bool present) const {
 #pragma unroll
-    for (int distance = kLanes / 2; distance > 0; distance /= 2)
-      x += __shfl_xor_sync(kFullWarp, x, distance);
-    return x;
-  }
-  template <class A>
-  __device__ __forceinline__ A max(A x) const {
-#pragma unroll
-    for (int distance = kLanes / 2; distance > 0; distance /= 2)
-      x = larger(x, __shfl_xor_sync(kFullWarp, x, distance));
-    return x;
-  }
-};
-
-// A lane's part of a row: slot by slot in registers, or in the workspace.
-template <class X, int kPerLane>
-struct Slots {
-  X x[kPerLane];
-  __device__ __forceinline__ explicit Slots(X*, int) {}
-  __device__ __forceinline__ X& operator[](int slot) { return x[slot]; }
-};
-template <class X>
-struct Slots<X, 0> {
-  X* x;
-  __device__ __forceinline__ explicit Slots(X* row, int lane) : x(row + lane) {}
-  __device__ __forceinline__ X& operator[](int slot) { return x[slot * kWarpSize]; }
-};
-
-// ---- a token's logits -----------------------------------------------------------------
-
-template <class T, class Team, class Values>
-__device__ __forceinline__ void read_row_as(const Team& team, const T* row, bool present,
-                                            Values& value) {
-  using A = Compute<T>;
-  if constexpr (Team::kInRegisters) {
-#pragma unroll
-    for (int slot = 0; slot < Team::kPerLane; slot += 4) {
-      const int e = team.expert(slot), left = team.num_experts - e;
-      A four[4];
+    for (int slot = 0; slot < kPerLane; slot += 4) {
+      const int e = expert(slot), left = num_experts - e;
+      Compute<T> four[4];
       load_neighbours<T, 4>(four, row + e, present ? left : 0);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) value[slot + i] = i < left ? four[i] : -kInfinity<A>;
-    }
-  } else {
-    for (int slot = 0; slot < team.slots(); ++slot) {
-      const int e = team.expert(slot);
-      value[slot] = e >= team.num_experts ? -kInfinity<A> : present ? to_compute(row[e]) : A(0);
+      for (int i = 0; i < 4; ++i) value[slot + i] = i < left ? four[i] : -kInfinity<Compute<T>>;
     }
   }
-}
 
-// value = the row that begins at logits[begin]. Of a token that is not present nothing is
-// read: it may hold anything, NaN too.
-template <class A, class Team, class Values>
-__device__ __forceinline__ void read_row(const Team& team, const void* logits, Dtype dtype,
-                                         int64_t begin, bool present, Values& value) {
-  if constexpr (sizeof(A) == 8) {
-    read_row_as(team, static_cast<const double*>(logits) + begin, present, value);
-  } else if (dtype == Dtype::f32) {
-    read_row_as(team, static_cast<const float*>(logits) + begin, present, value);
-  } else if (dtype == Dtype::bf16) {
-    read_row_as(team, static_cast<const bf16*>(logits) + begin, present, value);
-  } else {
-    read_row_as(team, static_cast<const f16*>(logits) + begin, present, value);
-  }
-}
-
-template <class T, class Team, class Values>
-__device__ __forceinline__ void write_row_as(const Team& team, T* row, bool present,
-                                             Values& value) {
-  using A = Compute<T>;
-  if constexpr (Team::kInRegisters) {
+  template <class T>
+  __device__ __forceinline__ void store(T* row, Slots<Compute<T>>& value, bool present) const {
 #pragma unroll
-    for (int slot = 0; slot < Team::kPerLane; slot += 4) {
-      const int e = team.expert(slot);
-      A four[4];
+    for (int slot = 0; slot < kPerLane; slot += 4) {
+      const int e = expert(slot);
+      Compute<T> four[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) four[i] = present ? value[slot + i] : A(0);
-      store_neighbours<T, 4>(row + e, four, team.num_experts - e);
+      for (int i = 0; i < 4; ++i) four[i] = present ? value[slot + i] : Compute<T>(0);
+      store_neighbours<T, 4>(row + e, four, num_experts - e);
     }
+  }
+
+  // value += x at the slot of expert `id`, in the one lane that has it.
+  template <class A>
+  __device__ __forceinline__ void add(Slots<A>& value, int32_t id, A x) const {
+#pragma unroll
+    for (int slot = 0; slot < kPerLane; ++slot)
+      if (expert(slot) == id) value[slot] += x;
+  }
+};
+
+// Expert e is lane e % 32's, in slot e / 32, so that a warp reads 32 neighbours at once.
+struct WorkspaceTeam {
+  static constexpr int kLanes = kWarpSize;
+
+  template <class X>
+  struct Slots {
+    X* x;
+    __device__ __forceinline__ X& operator[](int slot) const { return x[slot * kWarpSize]; }
+  };
+  // The lane's slots of a row in memory.
+  template <class X>
+  __device__ __forceinline__ Slots<X> slots_of(X* row) const {
+    return {row + lane};
+  }
+
+  int lane, num_experts;
+
+  __device__ __forceinline__ int slots() const { return (num_experts + kWarpSize - 1) / kWarpSize; }
+  __device__ __forceinline__ int expert(int slot) const { return slot * kWarpSize + lane; }
+
+  template <class T>
+  __device__ __forceinline__ void load(Slots<Compute<T>>& value, const T* row, bool present) const {
+    using A = Compute<T>;
+    for (int slot = 0; slot < slots(); ++slot) {
+      const int e = expert(slot);
+      value[slot] = e >= num_experts ? -kInfinity<A> : present ? to_compute(row[e]) : A(0);
+    }
+  }
+
+  template <class T>
+  __device__ __forceinline__ void store(T* row, Slots<Compute<T>>& value, bool present) const {
+    for (int slot = 0; slot < slots(); ++slot) {
+      const int e = expert(slot);
+      if (e < num_experts) round_to(row[e], present ? value[slot] : Compute<T>(0));
+    }
+  }
+
+  template <class A>
+  __device__ __forceinline__ void add(Slots<A>& value, int32_t id, A x) const {
+    if (id % kWarpSize == lane) value[id / kWarpSize] += x;
+  }
+};
+
+// ---- load, and store ---------------------------------------------------------------------------
+
+// Calls f(T()) with the type of logits that are computed in A.
+template <class A, class F>
+__device__ __forceinline__ void with_logits_type(Dtype dtype, const F& f) {
+  if constexpr (sizeof(A) == 8) {
+    f(double());
+  } else if (dtype == Dtype::f32) {
+    f(float());
+  } else if (dtype == Dtype::bf16) {
+    f(bf16());
   } else {
-    for (int slot = 0; slot < team.slots(); ++slot) {
-      const int e = team.expert(slot);
-      if (e < team.num_experts) round_to(row[e], present ? value[slot] : A(0));
-    }
+    f(f16());
   }
 }
 
-// The row that begins at logits[begin] = value, or zeros.
+// value = token t's logits. Of a token that is not present nothing is read: it may hold
+// anything, NaN too.
 template <class A, class Team, class Values>
-__device__ __forceinline__ void write_row(const Team& team, void* logits, Dtype dtype,
-                                          int64_t begin, bool present, Values& value) {
-  if constexpr (sizeof(A) == 8) {
-    write_row_as(team, static_cast<double*>(logits) + begin, present, value);
-  } else if (dtype == Dtype::f32) {
-    write_row_as(team, static_cast<float*>(logits) + begin, present, value);
-  } else if (dtype == Dtype::bf16) {
-    write_row_as(team, static_cast<bf16*>(logits) + begin, present, value);
-  } else {
-    write_row_as(team, static_cast<f16*>(logits) + begin, present, value);
-  }
+__device__ __forceinline__ void load_row(const Team& team, const RouteRows& p, int64_t t,
+                                         bool present, Values& value) {
+  with_logits_type<A>(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    team.template load<T>(value, static_cast<const T*>(p.logits) + t * team.num_experts, present);
+  });
 }
+
+// out's row t = value, or zeros.
+template <class A, class Team, class Values>
+__device__ __forceinline__ void store_row(const Team& team, const RouteRows& p, void* out,
+                                          int64_t t, bool present, Values& value) {
+  with_logits_type<A>(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    team.template store<T>(static_cast<T*>(out) + t * team.num_experts, value, present);
+  });
+}
+
+// ---- score --------------------------------------------------------------------------
 
 // What a row's logits amount to.
 template <class A>
 struct Row {
   bool is_sigmoid;
-  A max;          // of the logits; NaN if one of them is
-  A exp_share;    // 1 / sum of exp(logit - max)
-  A score_share;  // 1 / sum of the scores
+  A max;                // of the logits; NaN if one of them is
+  A inverse_exp_sum;    // 1 / sum of exp(logit - max)
+  A inverse_score_sum;  // 1 / sum of the scores
   A logsumexp;
 
   __device__ __forceinline__ A softmax(A logit) const {
-    return exponential(logit - max) * exp_share;
+    return exponential(logit - max) * inverse_exp_sum;
   }
   __device__ __forceinline__ A score(A logit) const {
     return is_sigmoid ? logistic(logit) : softmax(logit);
@@ -213,7 +189,7 @@ __device__ __forceinline__ Row<A> score_row(const Team& team, ScoreFunction func
   A max = -kInfinity<A>;
 #pragma unroll
   for (int slot = 0; slot < team.slots(); ++slot) max = larger(max, value[slot]);
-  row.max = max = team.max(max);
+  row.max = max = max_over_lanes<Team::kLanes>(max);
   A exp_sum = 0, score_sum = 0;
 #pragma unroll
   for (int slot = 0; slot < team.slots(); ++slot) {
@@ -222,71 +198,69 @@ __device__ __forceinline__ Row<A> score_row(const Team& team, ScoreFunction func
     if (row.is_sigmoid) score_sum += value[slot] = logistic(value[slot]);
     if (!row.is_sigmoid) value[slot] = e;
   }
-  exp_sum = team.sum(exp_sum);
-  row.exp_share = A(1) / exp_sum;
-  row.score_share = 1;
+  exp_sum = sum_over_lanes<Team::kLanes>(exp_sum);
+  row.inverse_exp_sum = A(1) / exp_sum;
+  row.inverse_score_sum = 1;
   if (row.is_sigmoid) {
-    row.score_share = A(1) / team.sum(score_sum);
+    row.inverse_score_sum = A(1) / sum_over_lanes<Team::kLanes>(score_sum);
   } else {
 #pragma unroll
-    for (int slot = 0; slot < team.slots(); ++slot) value[slot] *= row.exp_share;
+    for (int slot = 0; slot < team.slots(); ++slot) value[slot] *= row.inverse_exp_sum;
   }
   const bool is_infinite = max == kInfinity<A> || max == -kInfinity<A>;
   row.logsumexp = is_infinite ? max : max + logarithm(exp_sum);
   return row;
 }
 
-// ---- the chosen experts -----------------------------------------------------------------
+// ---- weigh --------------------------------------------------------------------------
 
-// The K choices of a token and their weights, choice j in the hands of lane j % kLanes. A
-// lane keeps its first choice; the others, which exist where K is larger than the team, it
-// reads again.
+// A token's K choices and their weights; lane j % kLanes has choice j. Its expert's score may
+// lie in another lane's registers, so it reads the expert's logit again and scores that. A lane
+// keeps its first choice; the others, which exist where K is larger than the team, it reads
+// again, too.
 template <class A, class Team>
 struct Chosen {
   const Team& team;
-  const RouteOptions& options;
+  const RouteRows& p;
   const Row<A>& row;
-  const void* logits;  // the tokens', as `read_row` takes them
-  Dtype dtype;
-  int64_t logits_begin;
-  ExpertIds ids;
-  int64_t ids_begin;
-  int32_t first;  // the lane's first choice
-  int top_k;      // K, or 0 for a token that is not present
-  A max = 0;      // of the chosen logits, for softmax_topk
-  A total = 1;    // what the weights are divided by
+  int64_t logits_begin;   // of the token's row
+  ExpertIds ids;          // (T, K)
+  int64_t ids_begin;      // of the token's row
+  int32_t first;          // the lane's first choice
+  int top_k;              // K, or 0 for a token that is not present
+  A max = -kInfinity<A>;  // of the chosen logits, for softmax_topk
+  A total = 1;            // what the weights are divided by
 
   __device__ __forceinline__ int32_t id(int j) const {
     return j == team.lane ? first : ids.at(ids_begin + j, team.num_experts);
   }
   __device__ __forceinline__ A logit(int32_t id) const {
-    return load_as<A>(logits, dtype, logits_begin + id);
+    return load_as<A>(p.logits, p.dtype, logits_begin + id);
   }
   // What an expert counts before the weights are normalised.
   __device__ __forceinline__ A share(int32_t id) const {
     if (id >= team.num_experts) return 0;
-    return options.score_function == kSoftmaxTopk ? exponential(logit(id) - max)
-                                                  : row.score(logit(id));
+    return p.options.score_function == kSoftmaxTopk ? exponential(logit(id) - max)
+                                                    : row.score(logit(id));
   }
-  // Its weight before routed_scaling_factor.
+  // Its weight before routed_scaling_factor; `total` is 0 where all of a token's are sentinels.
   __device__ __forceinline__ A weight(int32_t id) const {
     return id < team.num_experts ? share(id) / total : A(0);
   }
 
   // Finds max and total; the whole warp calls it together.
   __device__ __forceinline__ void normalise() {
-    total = 1;
-    max = -kInfinity<A>;
-    if (options.score_function == kSoftmaxTopk) {
+    const bool is_topk = p.options.score_function == kSoftmaxTopk;
+    if (is_topk) {
       for (int j = team.lane; j < top_k; j += Team::kLanes)
         if (id(j) < team.num_experts) max = larger(max, logit(id(j)));
-      max = team.max(max);
-    } else if (!options.norm_topk_prob) {
+      max = max_over_lanes<Team::kLanes>(max);
+    } else if (!p.options.norm_topk_prob) {
       return;
     }
     A sum = 0;
     for (int j = team.lane; j < top_k; j += Team::kLanes) sum += share(id(j));
-    total = team.sum(sum) + (options.score_function == kSoftmaxTopk ? A(0) : A(1e-20));
+    total = sum_over_lanes<Team::kLanes>(sum) + (is_topk ? A(0) : A(1e-20));
   }
 };
 

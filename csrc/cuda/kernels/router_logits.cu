@@ -4,7 +4,7 @@
 // A block of 256 threads owns 64 x 64 of out, 4 x 4 a thread. It goes through K in steps of
 // 16: while the threads multiply one step out of shared memory, the next one is on its way
 // from memory into registers, where it is widened. An operand may be contiguous along K or
-// along its rows, a template parameter: it decides who loads what.
+// along its rows, a template parameter: it decides which thread loads what.
 //
 // The order of a sum: ascending k within a slab of 256, then slab after slab, one fused
 // multiply-add after the other; no more than 256 terms meet in one accumulator. Where

@@ -8,8 +8,12 @@
 // number does: "not eligible" lies below -inf.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
+#include "../../routing.h"
 #include "platform.cuh"
-#include "route_row.cuh"
+#include "scores.cuh"
 
 namespace moe_ext::cuda {
 

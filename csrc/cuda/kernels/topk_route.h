@@ -22,15 +22,20 @@ struct RouteGrid {
 template <class A>
 RouteGrid topk_route_grid(int64_t tokens, int64_t num_experts);
 
-template <class A>
-struct TopkRoute {
+// What the forward and the backward both go through.
+struct RouteRows {
   RouteOptions options;
   int64_t tokens;
   RouteGrid grid;
   const void* logits;  // (T, E) contiguous
   Dtype dtype;
+  const bool* padding;  // (T) or null
+  void* workspace;      // grid.workspace_bytes
+};
+
+template <class A>
+struct TopkRoute : RouteRows {
   const A* selection_bias;  // (E) or null
-  const bool* padding;      // (T) or null
   const void* replayed;     // (T, K) ids to take instead of choosing, if options.replay
   bool replayed_is_int64;
 
@@ -42,26 +47,18 @@ struct TopkRoute {
 
   A* block_sums;          // (grid.blocks, grid.row_size)
   int32_t* block_counts;  // likewise
-  void* workspace;        // grid.workspace_bytes
 };
 template <class A>
 cudaError_t topk_route(const TopkRoute<A>& params, cudaStream_t stream);
 
 template <class A>
-struct TopkRouteBackward {
-  RouteOptions options;
-  int64_t tokens;
-  RouteGrid grid;
-  const void* logits;  // (T, E) contiguous
-  Dtype dtype;         // dlogits' too
-  const bool* padding;
+struct TopkRouteBackward : RouteRows {
   const void* experts;  // (T, K)
   bool experts_are_int64;
   const A* dweights;     // (T, K), or null: no gradient comes this way
   const A* dscore_sums;  // (E), or null
   const A* dlogsumexp;   // (T), or null
-  void* dlogits;         // (T, E)
-  void* workspace;       // grid.workspace_bytes
+  void* dlogits;         // (T, E), of the logits' dtype
 };
 template <class A>
 cudaError_t topk_route_backward(const TopkRouteBackward<A>& params, cudaStream_t stream);

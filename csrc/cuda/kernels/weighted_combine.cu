@@ -15,7 +15,7 @@
 //
 // The same bits every time: one thread sums its column over j in ascending order; an inner
 // product is summed over 256 columns, these partial sums in order, then the lanes' sums by
-// a butterfly. No atomics. A row that is nobody's is never read, and gets zeros.
+// a butterfly. No atomics. A row without an owner is never read, and gets zeros.
 
 #include <algorithm>
 #include <initializer_list>
@@ -123,8 +123,8 @@ __device__ __forceinline__ Pack<T, N> scaled(const Pack<T, N>& pack, A weight) {
 
 // Every token looks at its share of the rows: K of them, for R is at most T K as a rule.
 template <class T, int N>
-__device__ __forceinline__ void zero_rows_of_nobody(const TokenSumsGradient& p, int64_t token,
-                                                    int64_t own, int64_t stride) {
+__device__ __forceinline__ void zero_unowned_rows(const TokenSumsGradient& p, int64_t token,
+                                                  int64_t own, int64_t stride) {
   const TokenRows& plan = p.plan;
   Pack<T, N> zeros;
 #pragma unroll
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 3)
     }
   }
 
-  if (p.drows != nullptr) zero_rows_of_nobody<T, N>(p, token, own, stride);
+  if (p.drows != nullptr) zero_unowned_rows<T, N>(p, token, own, stride);
 }
 
 // ---- launchers -------------------------------------------------------------------------

@@ -30,7 +30,7 @@ struct TokenSums {
 };
 cudaError_t sum_token_rows(const TokenSums& sums, cudaStream_t stream);
 
-// drows[assignment_row[t][j]] = weights[t][j] * dy[t], and 0 for rows of nobody;
+// drows[assignment_row[t][j]] = weights[t][j] * dy[t], and 0 for rows without an owner;
 // dweights[t][j] = <dy[t], rows[assignment_row[t][j]]>, and 0 for a dropped assignment.
 struct TokenSumsGradient {
   TokenRows plan;

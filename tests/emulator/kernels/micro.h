@@ -2,7 +2,7 @@
 // compares it with the PTX manual. The same sources, compiled by nvcc, tell what a GPU does.
 #pragma once
 
-#include "cuda/kernels/ptx.cuh"
+#include "more_ptx.cuh"
 
 // Each is launched through one C function, so that Python can call it in the emulator's
 // library and in nvcc's: it returns a cudaError_t, or -1 with the emulator's message.

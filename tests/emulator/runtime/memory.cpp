@@ -48,7 +48,7 @@ void* allocate(size_t bytes) {
   buffer.mapped = mapped;
   if (bytes <= kMostFilled) {
     std::memset(pages, 0xff, body);
-    // NaN in every floating-point type, and no -1: that is an index which means "nobody".
+    // NaN in every floating-point type, and no -1: that is an index that means "none".
     for (size_t i = 1; i < bytes; i += 2) data[i] = 0x7f;
     buffer.margin_before = std::min(kMargin, static_cast<size_t>(data - pages));
     buffer.margin_after = std::min(kMargin, static_cast<size_t>(pages + body - data - bytes));
@@ -56,7 +56,7 @@ void* allocate(size_t bytes) {
   return data;
 }
 
-// Pages that nobody touches cost nothing.
+// Pages that are never touched cost nothing.
 static size_t bytes_of_cells(const Buffer& buffer) { return (buffer.bytes / 2 + 1) * sizeof(Cell); }
 
 Cell* cells_of(Buffer& buffer) {

@@ -108,7 +108,7 @@ static void track(Cell* cells, const Buffer* buffer, size_t offset, size_t bytes
       fail_at(call_site, "%s of %s while a copy of thread %u is under way", what, place(i).c_str(),
               cell.writer.thread);
     if (!write && !buffer && !cell.initialised)
-      fail_at(call_site, "read of %s, which nobody has written", place(i).c_str());
+      fail_at(call_site, "read of %s, which has not been written", place(i).c_str());
     if (!(atomic && cell.atomic)) check_order(i, cell.writer, "write");
     if (write) {
       for (const Access& reader : cell.reader) check_order(i, reader, "read");

@@ -74,12 +74,12 @@ void abandon_grid(std::string message) {
   char text[1024];
   vsnprintf(text, sizeof text, format, arguments);
   if (!current) throw std::runtime_error(std::string("emulator: ") + text);
-  char who[256];
+  char thread[256];
   const uint3 b = block->index, t = current->index;
-  snprintf(who, sizeof who,
+  snprintf(thread, sizeof thread,
            "emulator: kernel %s, block (%u,%u,%u), thread (%u,%u,%u): ", block->launch->name, b.x,
            b.y, b.z, t.x, t.y, t.z);
-  abandon_grid(std::string(who) + text + (call_site ? ", at " + place_of(call_site) : ""));
+  abandon_grid(std::string(thread) + text + (call_site ? ", at " + place_of(call_site) : ""));
 }
 
 void fail_at(void* call_site, const char* format, ...) {

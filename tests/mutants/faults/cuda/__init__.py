@@ -2,7 +2,7 @@
 
 A fault that only some schedules show names `--emulator-seeds` among its tests. One that no
 schedule shows is CHECKED: the emulator makes a warp's lanes wait for each other wherever they
-exchange something, and sees memory as everybody wrote it last; a GPU promises neither. The
+exchange something, and sees memory as it was last written; a GPU promises neither. The
 checked build knows what was promised.
 
 Every barrier, fence and wait of the kernels has its fault.

@@ -75,13 +75,13 @@ fault(
     COMBINE + "test_hidden_sizes",
 )
 fault(
-    "rows of nobody keep what was there",
+    "rows without an owner keep what was there",
     "if (p.row_owner[row] >= 0 && p.row_owner[row] < p.owners) continue;",
     "continue;",
     GATHER + "test_routings",
 )
 fault(
-    "a token looks at one row of nobody",
+    "a token looks at one row without an owner",
     "row < plan.rows; row += plan.tokens",
     "row < plan.rows; row += plan.rows",
     GATHER + "test_routings",

@@ -76,15 +76,86 @@ fault(
     SCATTER + "test_many_segments",
 )
 fault(
-    "nobody resets the ticket",
+    "the ticket is not reset",
     "if (blockIdx.x == 0 && lane == 0) *p.ticket = 0;",
     "",
     SCATTER + "test_drop_orders",
 )
 fault(
+    "a lane counts itself among those before it",
+    "lanes & ((1u << threadIdx.x) - 1)",
+    "lanes & ((2u << threadIdx.x) - 1)",
+    SCATTER + "test_drop_orders",
+)
+fault(
+    "the next row is looked up before it has moved",
+    "next[expert] += rank.count;\n  __syncwarp();\n",
+    "next[expert] += rank.count;\n",
+    SCATTER + "test_many_segments[1-None-skewed-token]",
+    CHECKED,
+)
+fault(
+    "the tail's assignments are left as they were",
+    "    p.row_token[row] = -1;\n    p.row_assignment[row] = -1;\n",
+    "    p.row_token[row] = -1;\n",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "places that are taken stay free",
+    "left_in[cell] = max(left - rank.count, 0);",
+    "left_in[cell] = left;",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "places are taken before the others have looked",
+    "  __syncwarp();  // all lanes have read how many are left\n",
+    "",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "the next row moves before the others have theirs",
+    "  __syncwarp();  // all lanes have read which is next\n",
+    "",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "rows are taken before all counters are loaded",
+    "  __syncwarp();  // rows and places are there\n",
+    "",
+    SCATTER + "test_many_segments[1-150-skewed-token]",
+    CHECKED,
+)
+fault(
+    "entries of the list are taken before all counters are loaded",
+    "  __syncwarp();  // the entries are there\n",
+    "",
+    SCATTER + "test_many_segments[1-150-skewed-probs]",
+    CHECKED,
+)
+fault(
+    "an assignment without a place takes a row",
+    "if (!take_place(places.left, cell)) expert = -1;",
+    "take_place(places.left, cell);",
+    SCATTER + "test_many_segments",
+)
+fault(
+    "warps without shared counters share one set",
+    ": p.next_row + blockIdx.x * s.num_experts;",
+    ": p.next_row;",
+    SCATTER + "test_many_experts",
+)
+
+fault = faults("csrc/cuda/kernels/capacity_number.cuh")
+fault(
+    "parts are overwritten while others read them",
+    "  __syncthreads();  // earlier reads of `parts` are done\n",
+    "",
+    SCATTER + "test_many_segments",
+)
+fault(
     "shares are rounded down and leave the last cells out",
-    "max((count + kScanGroups - 1) / kScanGroups, int64_t{1})",
-    "max(count / kScanGroups, int64_t{1})",
+    "max((count + kGroups - 1) / kGroups, int64_t{1})",
+    "max(count / kGroups, int64_t{1})",
     SCATTER + "test_many_segments",
 )
 fault(
@@ -108,12 +179,6 @@ fault(
 fault(
     "cells are read before their share has written them",
     "  __syncthreads();  // another share's cells are read next\n",
-    "",
-    SCATTER + "test_many_segments",
-)
-fault(
-    "parts are overwritten while others read them",
-    "  __syncthreads();  // whoever used `parts` before is done\n",
     "",
     SCATTER + "test_many_segments",
 )
@@ -179,62 +244,6 @@ fault(
     "  return is_last;",
     SCATTER + "test_many_segments",
 )
-fault(
-    "a lane counts itself among those before it",
-    "lanes & ((1u << threadIdx.x) - 1)",
-    "lanes & ((2u << threadIdx.x) - 1)",
-    SCATTER + "test_drop_orders",
-)
-fault(
-    "places that are taken stay free",
-    "places[cell] = max(left - rank.count, 0);",
-    "places[cell] = left;",
-    SCATTER + "test_many_segments",
-)
-fault(
-    "places are taken before the others have looked",
-    "  __syncwarp();  // everybody has seen how many are left\n",
-    "",
-    SCATTER + "test_many_segments",
-)
-fault(
-    "the next row moves before the others have theirs",
-    "  __syncwarp();  // everybody has seen which is next\n",
-    "",
-    SCATTER + "test_many_segments",
-)
-fault(
-    "the next row is looked up before it has moved",
-    "next[expert] += rank.count;\n  __syncwarp();\n",
-    "next[expert] += rank.count;\n",
-    SCATTER + "test_many_segments[1-None-skewed-token]",
-    CHECKED,
-)
-fault(
-    "rows are taken before all counters are loaded",
-    "  __syncwarp();\n  return counters;",
-    "  return counters;",
-    SCATTER + "test_many_segments[1-150-skewed-token]",
-    CHECKED,
-)
-fault(
-    "who found no place takes a row",
-    "if (!take_place(counters.places, cell)) expert = -1;",
-    "take_place(counters.places, cell);",
-    SCATTER + "test_many_segments",
-)
-fault(
-    "the tail's assignments are left as they were",
-    "    p.row_token[row] = -1;\n    p.row_assignment[row] = -1;\n",
-    "    p.row_token[row] = -1;\n",
-    SCATTER + "test_many_segments",
-)
-fault(
-    "warps without shared counters share one set",
-    "Counters counters{p.next_row + blockIdx.x * s.num_experts,",
-    "Counters counters{p.next_row,",
-    SCATTER + "test_many_experts",
-)
 
 fault = faults("csrc/cuda/kernels/capacity_choose.cuh")
 fault(
@@ -286,7 +295,7 @@ fault(
     SCATTER + "test_weights_that_differ_in_every_digit",
 )
 fault(
-    "a digit is read before everybody has counted",
+    "a digit is read before all threads have counted",
     "    __syncthreads();\n    const int digit =",
     "    const int digit =",
     SCATTER + "test_weights_that_differ_in_every_digit",
@@ -299,7 +308,7 @@ fault(
 )
 fault(
     "a warp's sum is overwritten while others read it",
-    "  __syncthreads();  // whoever used `warp_sums` before is done\n",
+    "  __syncthreads();  // earlier reads of `warp_sums` are done\n",
     "",
     SCATTER + "test_weights_that_differ_in_every_digit",
 )

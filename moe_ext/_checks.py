@@ -12,8 +12,6 @@ import operator
 
 import torch
 
-from .reference import ACTIVATIONS, GATES
-
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "softmax_topk")
 DROP_POLICIES = ("token", "choice", "probs")
@@ -86,85 +84,7 @@ def check_dtype(op, name, value):
     return value
 
 
-# ---- the options of MoE ------------------------------------------------------------
-
-
-def one_top_k(top_k, num_experts_per_tok):
-    """K from its two names; 2 where neither is given."""
-    if top_k is None:
-        return 2 if num_experts_per_tok is None else num_experts_per_tok
-    if num_experts_per_tok is not None and num_experts_per_tok != top_k:
-        raise ValueError(
-            "MoE: top_k and num_experts_per_tok are two names of one number, and must be equal,"
-            f" got {top_k!r} and {num_experts_per_tok!r}"
-        )
-    return top_k
-
-
-def check_groups(n_group, topk_group, group_score, num_experts, top_k):
-    n_group = check_integer("MoE", "n_group", n_group, maximum=num_experts)
-    topk_group = check_integer("MoE", "topk_group", topk_group, maximum=n_group)
-    check_name("MoE", "group_score", group_score, ("max", "top2_sum"))
-    if num_experts % n_group:
-        raise ValueError(f"MoE: n_group must divide num_experts ({num_experts}), got {n_group}")
-    eligible = num_experts // n_group * topk_group
-    if top_k > eligible:
-        raise ValueError(
-            f"MoE: top_k must be at most the {eligible} experts of topk_group={topk_group}"
-            f" groups, got {top_k}"
-        )
-    return dict(n_group=n_group, topk_group=topk_group, group_score=group_score)
-
-
-def check_routing_options(
-    num_experts, *, top_k, score_function, norm_topk_prob, routed_scaling_factor, **groups
-):
-    """What decides a token's experts and weights, as a dict."""
-    top_k = check_integer("MoE", "top_k", top_k, maximum=num_experts)
-    scale = check_number("MoE", "routed_scaling_factor", routed_scaling_factor, -math.inf)
-    return dict(
-        top_k=top_k,
-        score_function=check_name("MoE", "score_function", score_function, SCORE_FUNCTIONS),
-        norm_topk_prob=check_flag("MoE", "norm_topk_prob", norm_topk_prob),
-        routed_scaling_factor=scale,
-        **check_groups(num_experts=num_experts, top_k=top_k, **groups),
-    )
-
-
-def check_clamp(activation, limit, alpha, up_offset):
-    """The numbers beside the name of an activation."""
-    check_name("MoE", "activation", activation, (*GATES, *ACTIVATIONS))
-    if limit is not None:
-        limit = check_number("MoE", "limit", limit, positive=True)
-    alpha = check_number("MoE", "alpha", alpha, minimum=-math.inf)
-    up_offset = check_number("MoE", "up_offset", up_offset, minimum=-math.inf)
-    if activation not in GATES and (limit is not None or up_offset != 0.0):
-        raise ValueError(
-            "MoE: limit and up_offset must be left alone without a gate"
-            f" (gated: {', '.join(GATES)}), got activation={activation!r}"
-        )
-    if activation != "swiglu" and alpha != 1.0:
-        raise ValueError(f"MoE: alpha must be 1.0 for {activation!r} (it is swiglu's), got {alpha}")
-    return dict(limit=limit, alpha=alpha, up_offset=up_offset)
-
-
-def check_layout(activation, transposed, interleaved):
-    check_flag("MoE", "transposed", transposed)
-    if check_flag("MoE", "interleaved", interleaved) and activation not in GATES:
-        raise ValueError(
-            f"MoE: interleaved must be False for {activation!r}, which has no gate, got True"
-        )
-    return dict(transposed=transposed, interleaved=interleaved)
-
-
-def check_shared(size, gate):
-    size = check_integer("MoE", "shared_expert_intermediate_size", size, minimum=0)
-    if check_flag("MoE", "shared_expert_gate", gate) and not size:
-        raise ValueError(
-            "MoE: shared_expert_gate must be False without shared experts"
-            " (shared_expert_intermediate_size=0), got True"
-        )
-    return size
+# ---- autocast -------------------------------------------------------------------------
 
 
 def autocast_dtype(device_type):

@@ -236,6 +236,7 @@ def load(backend):
         torch.ops.load_library(library)
     try:
         importlib.import_module("moe_ext._ops")
+        importlib.import_module("moe_ext.flops")
     except RuntimeError as error:  # a fake or a gradient for an op that the library lacks
         raise ImportError(
             f"moe_ext: {library} was built at commit {built['git'] or '(unknown)'}, but the Python"

@@ -3,16 +3,32 @@
 The schemas stand in csrc/schema.cpp, the gradients in csrc/autograd.cpp.
 """
 
+from types import SimpleNamespace
+
 import torch
 
 from ._compat import smaller
 from .reference import accumulation_dtype
+from .types import ExpertParameters
 
 ops = torch.ops.moe_ext
 
 
 def _fake(name):
     return torch.library.register_fake(f"moe_ext::{name}")
+
+
+def by_name(op, args, kwargs):
+    """A call's arguments as attributes, under their names in the schema, defaults included."""
+    arguments = getattr(ops, op).default._schema.arguments
+    values = {a.name: a.default_value for a in arguments}
+    values |= dict(zip(values, args)) | kwargs
+    return SimpleNamespace(**values)
+
+
+def experts_of(call):
+    """The tensors of such a call that the experts hold."""
+    return [getattr(call, name) for name in ExpertParameters._fields]
 
 
 def _masked(mask, *shaped_like):
@@ -58,16 +74,21 @@ def _(grad_weights, grad_score_sums, grad_logsumexp, logits, *_):
 
 
 @_fake("capacity_scatter")
-def _(experts, num_experts, capacity=None, *_, num_sequences=1, **__):
-    # A positional num_sequences is the seventh argument.
-    num_sequences = _[3] if len(_) > 3 else num_sequences
-    tokens, top_k = experts.shape
+def _(*args, **kwargs):
+    call = by_name("capacity_scatter", args, kwargs)
+    tokens, top_k = call.experts.shape
     rows = tokens * top_k
-    if capacity is not None:
-        rows = smaller(rows, num_experts * capacity * num_sequences)
+    if call.capacity is not None:
+        rows = smaller(rows, call.num_experts * call.capacity * call.num_sequences)
     return tuple(
-        experts.new_empty(shape, dtype=torch.int32)
-        for shape in ((num_experts + 1,), (rows,), (rows,), (tokens, top_k), (num_experts,))
+        call.experts.new_empty(shape, dtype=torch.int32)
+        for shape in (
+            (call.num_experts + 1,),
+            (rows,),
+            (rows,),
+            (tokens, top_k),
+            (call.num_experts,),
+        )
     )
 
 
@@ -81,29 +102,23 @@ def _(grad_rows, assignment_row):
     return grad_rows.new_empty(assignment_row.shape[0], grad_rows.shape[1])
 
 
-def _preactivations(x, rows, up_proj, activation, transposed, keep):
-    width = up_proj.shape[2 if transposed else 1]
-    return x.new_empty(rows, width) if keep else x.new_empty(0)
+def _preactivations(call):
+    width = call.up_proj.shape[2 if call.transposed else 1]
+    keep = call.keep_preactivations
+    return call.x.new_empty(call.row_token.shape[0], width) if keep else call.x.new_empty(0)
 
 
 @_fake("grouped_ffn")
-def _(
-    x, expert_offsets, row_token, assignment_row, up_proj, down_proj, up_bias=None, down_bias=None,
-    activation="swiglu", limit=None, alpha=1.0, up_offset=0.0, transposed=False, interleaved=False,
-    keep_preactivations=True, batch_invariant=False,
-):  # fmt: skip
-    rows = row_token.shape[0]
-    return x.new_empty(rows, x.shape[1]), _preactivations(
-        x, rows, up_proj, activation, transposed, keep_preactivations
-    )
+def _(*args, **kwargs):
+    call = by_name("grouped_ffn", args, kwargs)
+    rows = call.x.new_empty(call.row_token.shape[0], call.x.shape[1])
+    return rows, _preactivations(call)
 
 
 @_fake("grouped_ffn_backward")
-def _(
-    grad_rows, x, preactivations, expert_offsets, row_token, assignment_row,
-    up_proj, down_proj, up_bias, down_bias, *_, output_mask, **__,
-):  # fmt: skip
-    return _masked(output_mask, x, up_proj, down_proj, up_bias, down_bias)
+def _(*args, **kwargs):
+    call = by_name("grouped_ffn_backward", args, kwargs)
+    return _masked(call.output_mask, call.x, *experts_of(call))
 
 
 @_fake("weighted_combine")
@@ -117,23 +132,16 @@ def _(grad, rows, weights, row_assignment, assignment_row, output_mask):
 
 
 @_fake("moe_forward")
-def _(
-    x, weights, expert_offsets, row_token, row_assignment, assignment_row,
-    up_proj, down_proj, up_bias=None, down_bias=None,
-    activation="swiglu", limit=None, alpha=1.0, up_offset=0.0, transposed=False, interleaved=False,
-    keep_preactivations=True, batch_invariant=False,
-):  # fmt: skip
-    return torch.empty_like(x, memory_format=torch.contiguous_format), _preactivations(
-        x, row_token.shape[0], up_proj, activation, transposed, keep_preactivations
-    )
+def _(*args, **kwargs):
+    call = by_name("moe_forward", args, kwargs)
+    y = torch.empty_like(call.x, memory_format=torch.contiguous_format)
+    return y, _preactivations(call)
 
 
 @_fake("moe_backward")
-def _(
-    grad, x, weights, preactivations, expert_offsets, row_token, row_assignment, assignment_row,
-    up_proj, down_proj, up_bias, down_bias, *_, output_mask, **__,
-):  # fmt: skip
-    return _masked(output_mask, x, weights, up_proj, down_proj, up_bias, down_bias)
+def _(*args, **kwargs):
+    call = by_name("moe_backward", args, kwargs)
+    return _masked(call.output_mask, call.x, call.weights, *experts_of(call))
 
 
 @_fake("accumulate_stats")
@@ -144,7 +152,3 @@ def _(*_, **__):
 @_fake("moe_infer")
 def _(x, *_, **__):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-# Last: it needs the ops.
-from . import flops  # noqa: E402, F401

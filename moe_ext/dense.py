@@ -17,6 +17,7 @@ from torch.nn.modules import module as hooks_of_all
 
 from ._checks import check_name, describe
 from .reference import ACTIVATIONS, GATES, gated_activation
+from .types import Activation
 
 
 class Linear(NamedTuple):
@@ -45,7 +46,7 @@ class Dense(NamedTuple):
         if self.gate is None:
             h = ACTIVATIONS[self.activation](h)
         else:
-            h = gated_activation(F.linear(x, *self.gate), h, self.activation)
+            h = gated_activation(F.linear(x, *self.gate), h, Activation(self.activation))
         return F.linear(h, *self.down)
 
 

@@ -6,6 +6,9 @@ from torch import nn
 from . import functional
 from ._checks import check_same_device, check_same_dtype
 from .reference import ACTIVATIONS, GATES, gated_activation
+from .types import ExpertParameters
+
+__all__ = ["Experts", "SharedExperts"]
 
 
 class Experts(nn.Module):
@@ -16,25 +19,20 @@ class Experts(nn.Module):
 
     Parameters: `gate_up_proj` (E, 2I, H), or `up_proj` (E, I, H) without a gate;
     `down_proj` (E, H, I); with a bias `gate_up_proj_bias` (E, 2I) or `up_proj_bias`
-    (E, I), and `down_proj_bias` (E, H). `transposed` swaps the last two dimensions
-    of the matrices; `interleaved` has the rows of gate and up alternate.
+    (E, I), and `down_proj_bias` (E, H). `activation.transposed` swaps the last two
+    dimensions of the matrices; `activation.interleaved` has the rows of gate and up alternate.
     """
 
     def __init__(
         self, hidden_size, intermediate_size, num_experts, *,
-        activation="swiglu", bias=False, limit=None, alpha=1.0, up_offset=0.0,
-        transposed=False, interleaved=False, init_std=0.02, device=None, dtype=None,
+        activation, bias=False, init_std=0.02, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        self.init_std = init_std
-        self.options = dict(
-            activation=activation, limit=limit, alpha=alpha, up_offset=up_offset,
-            transposed=transposed, interleaved=interleaved,
-        )  # fmt: skip
-        gated = activation in GATES
+        self.activation, self.init_std = activation, init_std
+        gated = activation.name in GATES
         width = 2 * intermediate_size if gated else intermediate_size
         up, down = (width, hidden_size), (hidden_size, intermediate_size)
-        if transposed:
+        if activation.transposed:
             up, down = up[::-1], down[::-1]
 
         def parameter(*shape):
@@ -57,22 +55,26 @@ class Experts(nn.Module):
                 nn.init.normal_(parameter, std=self.init_std)
 
     def weights(self):
-        """(up, down, up_bias, down_bias), as `functional.moe_forward` takes them."""
+        """As `functional.moe_forward` takes them."""
         # getattr, not self._parameters: a parametrized weight is a property.
         up, up_bias = self.up_names
-        return getattr(self, up), self.down_proj, getattr(self, up_bias), self.down_proj_bias
+        return ExpertParameters(
+            getattr(self, up), self.down_proj, getattr(self, up_bias), self.down_proj_bias
+        )
 
     def forward(self, x, weights, plan):
         """x (T, H), weights (T, K) and the plan -> the weighted sum of each token's rows (T, H)."""
         parameters = self.weights()
-        check_same_device(x, parameters[0])
-        check_same_dtype(x, parameters[0])
-        return functional.moe_forward(x, weights, plan, *parameters, **self.options)
+        check_same_device(x, parameters.up_proj)
+        check_same_dtype(x, parameters.up_proj)
+        return functional.moe_forward(x, weights, plan, *parameters, activation=self.activation)
 
     def extra_repr(self):
-        up = self.weights()[0]
-        shapes = f"{self.up_names[0]}={tuple(up.shape)}, down_proj={tuple(self.down_proj.shape)}"
-        flags = [f"{k}={v}" for k, v in self.options.items() if v not in (None, False)]
+        up, down, *_ = self.weights()
+        shapes = f"{self.up_names[0]}={tuple(up.shape)}, down_proj={tuple(down.shape)}"
+        options = {"activation": self.activation.name, **self.activation._asdict()}
+        del options["name"]
+        flags = [f"{k}={v}" for k, v in options.items() if v not in (None, False)]
         return ", ".join([shapes, *flags])
 
 
@@ -81,14 +83,12 @@ class SharedExperts(nn.Module):
 
     def __init__(
         self, hidden_size, intermediate_size, *,
-        activation="swiglu", bias=False, limit=None, alpha=1.0, up_offset=0.0,
-        init_std=0.02, device=None, dtype=None,
+        activation, bias=False, init_std=0.02, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
         self.activation, self.init_std = activation, init_std
-        self.limit, self.alpha, self.up_offset = limit, alpha, up_offset
         kwargs = dict(bias=bias, device=device, dtype=dtype)
-        gated = activation in GATES
+        gated = activation.name in GATES
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, **kwargs) if gated else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size, **kwargs)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, **kwargs)
@@ -103,11 +103,11 @@ class SharedExperts(nn.Module):
 
     def forward(self, x):
         up = self.up_proj(x)
+        name, limit, alpha, up_offset, *_ = self.activation
         if self.gate_proj is None:
-            return self.down_proj(ACTIVATIONS[self.activation](up))
+            return self.down_proj(ACTIVATIONS[name](up))
         gate = self.gate_proj(x)
-        if self.limit is None and self.alpha == 1.0 and self.up_offset == 0.0:
+        if limit is None and alpha == 1.0 and up_offset == 0.0:
             # One fused function of the gate, so one tensor less kept for the backward pass.
-            return self.down_proj(ACTIVATIONS[GATES[self.activation]](gate) * up)
-        a = gated_activation(gate, up, self.activation, self.limit, self.alpha, self.up_offset)
-        return self.down_proj(a)
+            return self.down_proj(ACTIVATIONS[GATES[name]](gate) * up)
+        return self.down_proj(gated_activation(gate, up, self.activation))

@@ -4,93 +4,88 @@ As for torch's own ops: two FLOPs a multiplication of a matrix product, nothing 
 an element. Rows are as many as the plan has room for: T*K, or E*C where that is less.
 """
 
+import functools
 import math
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from ._ops import by_name
+
 ops = torch.ops.moe_ext
 
+# The formulas see a call by its arguments' names, each tensor as its shape.
 
-def _router_logits(x, weight, *_, **__):
-    (tokens, hidden), num_experts = x, weight[0]
+
+def _router(tokens, weight):
+    num_experts, hidden = weight
     return 2 * tokens * num_experts * hidden
 
 
-def _router_logits_backward(grad_logits, x, weight, output_mask, **_):
-    return sum(output_mask[:2]) * _router_logits(x, weight)
+def _router_logits(call):
+    return _router(call.x[0], call.weight)
 
 
-def _experts(rows, up_proj, down_proj):
+def _router_logits_backward(call):
+    return sum(call.output_mask[:2]) * _router_logits(call)
+
+
+def _products(rows, call):
     """(of the product with up_proj, of that with down_proj), for so many rows."""
-    return tuple(2 * rows * matrix[1] * matrix[2] for matrix in (up_proj, down_proj))
+    return tuple(2 * rows * matrix[1] * matrix[2] for matrix in (call.up_proj, call.down_proj))
 
 
-def _experts_backward(rows, up_proj, down_proj, wants_x, wants_weights, wants_up, wants_down):
-    up, down = _experts(rows, up_proj, down_proj)
+def _products_backward(call, wants_x, wants_inner, wants_up, wants_down):
+    up, down = _products(call.row_token[0], call)
     # The gradient of the activations: what comes before down_proj wants it.
-    inner = wants_x or wants_weights or wants_up
+    inner = wants_x or wants_inner or wants_up
     return down * inner + up * wants_x + up * wants_up + down * wants_down
 
 
-def _grouped_ffn(x, expert_offsets, row_token, assignment_row, up_proj, down_proj, *_, **__):
-    return sum(_experts(row_token[0], up_proj, down_proj))
+def _grouped_ffn(call):
+    return sum(_products(call.row_token[0], call))
 
 
-def _grouped_ffn_backward(
-    grad_rows, x, preactivations, expert_offsets, row_token, assignment_row, up_proj, down_proj,
-    *_, output_mask, **__,
-):  # fmt: skip
-    dx, dup, ddown, dup_bias, _ = output_mask
-    return _experts_backward(row_token[0], up_proj, down_proj, dx, dup_bias, dup, ddown)
+def _grouped_ffn_backward(call):
+    dx, dup, ddown, dup_bias, *_ = call.output_mask
+    return _products_backward(call, dx, dup_bias, dup, ddown)
 
 
-def _weighted_combine(rows, weights, *_, **__):
-    return 2 * weights[0] * weights[1] * rows[1]
+def _combine(tokens, top_k, hidden):
+    return 2 * tokens * top_k * hidden
 
 
-def _weighted_combine_backward(
-    grad_y, rows, weights, row_assignment, assignment_row, output_mask, **_
-):
-    return sum(output_mask) * _weighted_combine(rows, weights)
+def _weighted_combine(call):
+    return _combine(*call.weights, call.rows[1])
 
 
-def _moe_forward(
-    x, weights, expert_offsets, row_token, row_assignment, assignment_row, up_proj, down_proj,
-    *_, **__,
-):  # fmt: skip
-    return sum(_experts(row_token[0], up_proj, down_proj)) + _weighted_combine(x, weights)
+def _weighted_combine_backward(call):
+    return sum(call.output_mask) * _weighted_combine(call)
 
 
-def _moe_backward(
-    grad_y, x, weights, preactivations, expert_offsets, row_token, row_assignment, assignment_row,
-    up_proj, down_proj, *_, output_mask, **__,
-):  # fmt: skip
-    dx, dweights, dup, ddown, dup_bias, _ = output_mask
-    wants_inner = dweights or dup_bias
-    return _experts_backward(row_token[0], up_proj, down_proj, dx, wants_inner, dup, ddown)
+def _moe_forward(call):
+    return _grouped_ffn(call) + _combine(*call.weights, call.x[1])
 
 
-def _moe_infer(
-    x, gate_weight, gate_bias, counts, score_sums, totals, top_k, up_proj, down_proj, up_bias,
-    down_bias, activation=None, limit=None, alpha=None, up_offset=None, transposed=None,
-    interleaved=None, selection_bias=None, padding_mask=None, score_function=None,
-    norm_topk_prob=None, routed_scaling_factor=None, n_group=None, topk_group=None,
-    group_score=None, capacity=None, drop_policy=None, num_sequences=1, *_, **__,
-):  # fmt: skip
-    *shape, hidden = x
+def _moe_backward(call):
+    dx, dweights, dup, ddown, dup_bias, *_ = call.output_mask
+    return _products_backward(call, dx, dweights or dup_bias, dup, ddown)
+
+
+def _moe_infer(call):
+    *shape, hidden = call.x
     tokens = math.prod(shape)
-    rows = tokens * top_k
-    if capacity is not None:
-        rows = min(rows, gate_weight[0] * capacity * num_sequences)
+    rows = tokens * call.top_k
+    if call.capacity is not None:
+        rows = min(rows, call.gate_weight[0] * call.capacity * call.num_sequences)
     return (
-        _router_logits((tokens, hidden), gate_weight)
-        + sum(_experts(rows, up_proj, down_proj))
-        + _weighted_combine((rows, hidden), (tokens, top_k))
+        _router(tokens, call.gate_weight)
+        + sum(_products(rows, call))
+        + _combine(tokens, call.top_k, hidden)
     )
 
 
-def _none(*_, **__):
+def _none(call):
     return 0
 
 
@@ -112,5 +107,14 @@ FORMULAS = {
     "moe_infer": _moe_infer,
 }
 
-for _name, _formula in FORMULAS.items():
-    register_flop_formula(getattr(ops, _name))(_formula)
+
+def _register(op, formula):
+    @functools.wraps(formula)
+    def of_call(*args, **kwargs):
+        return formula(by_name(op, args, kwargs))
+
+    register_flop_formula(getattr(ops, op))(of_call)
+
+
+for _op, _formula in FORMULAS.items():
+    _register(_op, _formula)

@@ -25,6 +25,7 @@ and the transforms of torch.func raise RuntimeError.
 """
 
 import contextlib
+import functools
 import re
 
 import torch
@@ -32,7 +33,18 @@ import torch
 from . import reference
 from ._checks import autocast_dtype
 from ._load import BACKEND, BUILD_INFO, build_for_cuda
-from .types import Plan, Route
+from .types import Activation, ExpertParameters, Plan, RouterOutput
+
+__all__ = [
+    "batch_invariant",
+    "capacity_scatter",
+    "gather_rows",
+    "grouped_ffn",
+    "moe_forward",
+    "router_logits",
+    "topk_route",
+    "weighted_combine",
+]
 
 ops = torch.ops.moe_ext
 
@@ -131,6 +143,23 @@ def _call(name, *args):
         raise TypeError(f"{op}: {argument} must be of type {expected}, got {got}") from None
 
 
+def stage(function):
+    """A function that calls a stage's op; or under MOE_EXT_BACKEND=reference, its counterpart in
+    `reference`, which takes the same arguments."""
+    if BACKEND != "reference":
+        return function
+    plain = getattr(reference, function.__name__.lstrip("_"))
+
+    @functools.wraps(function)
+    def in_plain_pytorch(*args, **kwargs):
+        first = next(iter((*args, *kwargs.values())))
+        with torch.autocast(first.device.type, enabled=False):
+            return plain(*args, **kwargs)
+
+    return in_plain_pytorch
+
+
+@stage
 def router_logits(x, weight, bias=None):
     """logits = x weight^T + bias, accumulated and returned in float32.
 
@@ -147,12 +176,10 @@ def router_logits(x, weight, bias=None):
 
     Differentiable in x, weight and bias. 2 T H E FLOPs.
     """
-    if BACKEND == "reference":
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.router_logits(x, weight, bias)
     return _call("router_logits", x, weight, bias)
 
 
+@stage
 def topk_route(
     logits,
     top_k,
@@ -195,7 +222,7 @@ def topk_route(
             not eligible.
 
     Returns:
-        Route(weights (T, K), experts (T, K) int32, counts (E) int32,
+        RouterOutput(weights (T, K), experts (T, K) int32, counts (E) int32,
         score_sums (E), logsumexp (T)): counts and score_sums over the tokens that are not
         padding, each token's scores summing to 1 in the latter.
 
@@ -204,22 +231,14 @@ def topk_route(
     Differentiable in logits through weights, score_sums and logsumexp; the choice is a
     constant. No gradient reaches selection_bias.
     """
-    options = (
-        selection_bias, padding_mask, experts, score_function, norm_topk_prob,
-        routed_scaling_factor, n_group, topk_group, group_score,
+    route = _call(
+        "topk_route", logits, top_k, selection_bias, padding_mask, experts, score_function,
+        norm_topk_prob, routed_scaling_factor, n_group, topk_group, group_score,
     )  # fmt: skip
-    if BACKEND == "reference":
-        return reference.topk_route(logits, top_k, **dict(zip(_ROUTE_ARGUMENTS, options)))
-    return Route(*_call("topk_route", logits, top_k, *options))
+    return RouterOutput(*route)
 
 
-ROUTE_OPTIONS = (
-    "score_function", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group",
-    "group_score",
-)  # fmt: skip
-_ROUTE_ARGUMENTS = ("selection_bias", "padding_mask", "experts", *ROUTE_OPTIONS)
-
-
+@stage
 def capacity_scatter(
     experts,
     num_experts,
@@ -256,11 +275,6 @@ def capacity_scatter(
 
     Not differentiable: everything in it is an index.
     """
-    if BACKEND == "reference":
-        return reference.capacity_scatter(
-            experts, num_experts, capacity, weights=weights, padding_mask=padding_mask,
-            drop_policy=drop_policy, num_sequences=num_sequences,
-        )  # fmt: skip
     plan = _call(
         "capacity_scatter", experts, num_experts, capacity, weights, padding_mask, drop_policy,
         num_sequences,
@@ -268,6 +282,7 @@ def capacity_scatter(
     return Plan(*plan)
 
 
+@stage
 def gather_rows(x, plan):
     """rows[r] = x[row_token[r]]: the tokens in the plan's order, as other ranks want them.
 
@@ -284,26 +299,10 @@ def gather_rows(x, plan):
     Differentiable in x: a token's gradient is the sum of its rows' gradients, added in
     the order of j. 2 R H elements of traffic forward, R H + T H backward.
     """
-    if BACKEND == "reference":
-        return reference.gather_rows(x, plan)
     return _call("gather_rows", x, plan.row_token, plan.assignment_row)
 
 
-def grouped_ffn(
-    x,
-    plan,
-    up_proj,
-    down_proj,
-    up_bias=None,
-    down_bias=None,
-    *,
-    activation="swiglu",
-    limit=None,
-    alpha=1.0,
-    up_offset=0.0,
-    transposed=False,
-    interleaved=False,
-):
+def grouped_ffn(x, plan, *parameters, activation="swiglu", **by_name):
     """Every expert's feed-forward network on its rows, a matrix product an expert.
 
         rows[r] = down_proj[e] phi(up_proj[e] x[row_token[r]] + up_bias[e]) + down_bias[e]
@@ -311,17 +310,9 @@ def grouped_ffn(
     Args:
         x: (T, H).
         plan: of `capacity_scatter`.
-        up_proj: (E, 2I, H), the rows [gate; up], or (E, I, H) for an activation without a
-            gate; of x's dtype.
-        down_proj: (E, H, I).
-        up_bias, down_bias: (E, 2I) or (E, I), and (E, H); or None.
-        activation: gated: swiglu, geglu, geglu_tanh, reglu: phi(gate) * up; ungated:
-            silu, gelu, gelu_tanh, relu, relu2 (the square of relu).
-        limit, alpha, up_offset: of the gated ones: gate = min(gate, limit), up clamped to
-            [-limit, limit]; swiglu's phi is g * sigmoid(alpha g); up counts as
-            up + up_offset. gpt-oss: 7, 1.702, 1.
-        transposed: up_proj is (E, H, 2I) and down_proj (E, I, H).
-        interleaved: gate and up rows alternate, the gate first.
+        *parameters, **by_name: `ExpertParameters`, in their order or by name: up_proj,
+            down_proj, and up_bias and down_bias or None; of x's dtype.
+        activation: an `Activation`, which says too how the matrices lie; its name alone will do.
 
     Returns:
         (R, H) in x's dtype, in plan order; the tail is 0. Under autocast, x and the
@@ -330,21 +321,21 @@ def grouped_ffn(
     Differentiable in x and the parameters; keeps x and the pre-activations (R, 2I) or
     (R, I) for the backward pass. 6 H I FLOPs a row with a gate, 4 H I without.
     """
-    x, *parameters = _autocast(x, up_proj, down_proj, up_bias, down_bias)
-    options = (activation, limit, alpha, up_offset, transposed, interleaved)
-    if BACKEND == "reference":
-        return reference.grouped_ffn(x, plan, *parameters, **dict(zip(FFN_OPTIONS, options)))
+    x, *parameters = _autocast(x, *ExpertParameters(*parameters, **by_name))
+    return _grouped_ffn(x, plan, *parameters, activation=Activation.of(activation))
+
+
+@stage
+def _grouped_ffn(x, plan, *parameters, activation):
     keep_preactivations = _needs_gradient(x, *parameters)
     rows, _ = _call(
         "grouped_ffn", x, plan.expert_offsets, plan.row_token, plan.assignment_row, *parameters,
-        *options, keep_preactivations, _batch_invariant,
+        *activation, keep_preactivations, _batch_invariant,
     )  # fmt: skip
     return rows
 
 
-FFN_OPTIONS = ("activation", "limit", "alpha", "up_offset", "transposed", "interleaved")
-
-
+@stage
 def weighted_combine(rows, weights, plan):
     """y[t] = sum_j weights[t, j] * rows[assignment_row[t, j]], dropped assignments left out.
 
@@ -358,27 +349,10 @@ def weighted_combine(rows, weights, plan):
 
     Differentiable in rows and weights; a dropped assignment's weight gets exactly 0.
     """
-    if BACKEND == "reference":
-        return reference.weighted_combine(rows, weights, plan)
     return _call("weighted_combine", rows, weights, plan.row_assignment, plan.assignment_row)
 
 
-def moe_forward(
-    x,
-    weights,
-    plan,
-    up_proj,
-    down_proj,
-    up_bias=None,
-    down_bias=None,
-    *,
-    activation="swiglu",
-    limit=None,
-    alpha=1.0,
-    up_offset=0.0,
-    transposed=False,
-    interleaved=False,
-):
+def moe_forward(x, weights, plan, *parameters, activation="swiglu", **by_name):
     """`weighted_combine(grouped_ffn(x, ...), weights, plan)` in one op.
 
         y[t] = sum_j weights[t, j] * FFN_experts[t, j](x[t])        over the kept (t, j)
@@ -391,17 +365,9 @@ def moe_forward(
         x: (T, H).
         weights: (T, K), of x's dtype or float32.
         plan: of `capacity_scatter`.
-        up_proj: (E, 2I, H), the rows [gate; up], or (E, I, H) for an activation without a
-            gate; of x's dtype.
-        down_proj: (E, H, I).
-        up_bias, down_bias: (E, 2I) or (E, I), and (E, H); or None.
-        activation: gated: swiglu, geglu, geglu_tanh, reglu: phi(gate) * up; ungated:
-            silu, gelu, gelu_tanh, relu, relu2 (the square of relu).
-        limit, alpha, up_offset: of the gated ones: gate = min(gate, limit), up clamped to
-            [-limit, limit]; swiglu's phi is g * sigmoid(alpha g); up counts as
-            up + up_offset. gpt-oss: 7, 1.702, 1.
-        transposed: up_proj is (E, H, 2I) and down_proj (E, I, H).
-        interleaved: gate and up rows alternate, the gate first.
+        *parameters, **by_name: `ExpertParameters`, in their order or by name: up_proj,
+            down_proj, and up_bias and down_bias or None; of x's dtype.
+        activation: an `Activation`, which says too how the matrices lie; its name alone will do.
 
     Returns:
         (T, H) in x's dtype. Under autocast, x and the parameters are taken in its dtype.
@@ -409,15 +375,15 @@ def moe_forward(
     Differentiable in x, weights and the parameters. 6 H I FLOPs a row with a gate,
     4 H I without.
     """
-    x, *parameters = _autocast(x, up_proj, down_proj, up_bias, down_bias)
-    options = (activation, limit, alpha, up_offset, transposed, interleaved)
-    if BACKEND == "reference":
-        return reference.moe_forward(
-            x, weights, plan, *parameters, **dict(zip(FFN_OPTIONS, options))
-        )
+    x, *parameters = _autocast(x, *ExpertParameters(*parameters, **by_name))
+    return _moe_forward(x, weights, plan, *parameters, activation=Activation.of(activation))
+
+
+@stage
+def _moe_forward(x, weights, plan, *parameters, activation):
     keep_preactivations = _needs_gradient(x, weights, *parameters)
     y, _ = _call(
         "moe_forward", x, weights, plan.expert_offsets, plan.row_token, plan.row_assignment,
-        plan.assignment_row, *parameters, *options, keep_preactivations, _batch_invariant,
+        plan.assignment_row, *parameters, *activation, keep_preactivations, _batch_invariant,
     )  # fmt: skip
     return y

@@ -33,7 +33,8 @@ def operands(layer, x):
     if not (_runs_alone(gate, Router) and _runs_alone(experts, Experts)):
         return None
     # Options that the op does not have.
-    if layer.renormalize_after_drop or gate.input_dtype is not None:
+    config = layer.config
+    if config.capacity.renormalize_after_drop or config.router.router_dtype is not None:
         return None
     tensors = (gate.weight, gate.bias, gate.float32_bias(), *experts.weights())
     # Subclasses (DTensor, fake and quantised tensors ...) have ways of their own.
@@ -68,12 +69,11 @@ def moe_infer(layer, operands, x, padding_mask):
     padding_mask: bool, x.shape[:-1] or as many elements in one dimension, or None.
     """
     weight, bias, selection_bias, *experts = operands
-    stats = layer._stats
-    capacity, num_sequences = layer._limits(x.shape)
-    route, ffn = layer.gate.options, layer.experts.options
+    stats, config = layer._stats, layer.config
+    capacity, num_sequences = config.room(x.shape, training=False)
     return functional._call(
-        "moe_infer", x, weight, bias, stats.counts, stats.score_sums, stats.totals, layer.top_k,
-        *experts, *map(ffn.get, functional.FFN_OPTIONS), selection_bias, padding_mask,
-        *map(route.get, functional.ROUTE_OPTIONS), capacity, layer.drop_policy, num_sequences,
+        "moe_infer", x, weight, bias, stats.counts, stats.score_sums, stats.totals,
+        config.router.top_k, *experts, *config.experts.activation, selection_bias, padding_mask,
+        *config.router.scoring().values(), capacity, config.capacity.drop_policy, num_sequences,
         functional._batch_invariant,
     )  # fmt: skip

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ._checks import SCORE_FUNCTIONS, autocast_dtype, check_name, check_number, describe
+from ._checks import SCORE_FUNCTIONS, autocast_dtype, check_name, describe
 from .reference import accumulation_dtype, scores_of
+
+__all__ = ["load_balancing_loss", "z_loss"]
 
 NORMALIZATIONS = ("assignments", "switch", "hf")
 
@@ -207,6 +209,35 @@ def inject(route, present, scale, aux_coef, z_coef):
     )  # fmt: skip
 
 
+def of_forward(layer, x, route, padding_mask, return_routing):
+    """(weights, aux_loss, z_loss); in training the weights carry the losses' gradient."""
+    config = layer.config.losses
+    coefficients = config.aux_loss_coef, config.z_loss_coef
+    injects = (
+        layer.training
+        and config.inject_losses
+        and max(coefficients) > 0
+        and torch.is_grad_enabled()
+        and route.weights.requires_grad
+    )
+    if not (injects or return_routing):
+        return route.weights, None, None
+    present = None if padding_mask is None else (~padding_mask).sum().clamp(min=1)
+    weights, aux_loss, z_loss = route.weights, None, None
+    if injects:
+        if not (torch.compiler.is_compiling() or layer._loss_scale_is_set):
+            warn_unscaled(x, layer)
+        weights = inject(route, present, layer.loss_scale, *coefficients)
+    if return_routing:
+        score_sums, logsumexp = route.score_sums, route.logsumexp
+        if config.inject_losses:
+            score_sums, logsumexp = score_sums.detach(), logsumexp.detach()
+        tokens = max(len(logsumexp), 1) if present is None else present
+        aux_loss = balance_loss(route.counts, score_sums, tokens, weights.shape[1])
+        z_loss = mean_square(logsumexp, tokens)
+    return weights, aux_loss, z_loss
+
+
 _warned = set()
 _steps = 0  # of all optimizers; their fused kernels leave a weight's _version as it is
 
@@ -250,39 +281,5 @@ def _warn_once(what, how):
             " moe_ext.set_loss_scale(model, scale), where scale is scaler.get_scale() (1.0 without"
             " a GradScaler) / accumulation_steps; or set_loss_scale(model, 1.0) if that is meant."
             " In transformers' Trainer RoutingCallback does it.",
-            stacklevel=5,
+            stacklevel=7,
         )
-
-
-def set_loss_scale(model, scale):
-    """Sets the factor on the injected losses of every `MoE` in `model`.
-
-    An injected gradient does not pass through the loop's own loss, so it knows
-    neither its scaling nor its averaging. Before the forward passes of a step:
-
-        moe_ext.set_loss_scale(model, scaler.get_scale() / accumulation_steps)
-
-    Args:
-        model: a module; all `MoE` inside take part.
-        scale: a finite number, or a tensor with one element (nothing is read back to
-            the host). It is written in place into each layer's `loss_scale`, a
-            float64 tensor outside of the state_dict, 1.0 at first.
-
-    Raises:
-        TypeError, ValueError: not a number or one-element tensor; NaN or infinite.
-    """
-    from .moe import MoE
-
-    if not isinstance(scale, torch.Tensor):
-        scale = torch.tensor(
-            check_number("set_loss_scale", "scale", scale), dtype=torch.float64, device="cpu"
-        )
-    elif scale.numel() != 1:
-        raise ValueError(
-            f"set_loss_scale: scale must be a number or a tensor of one element,"
-            f" got {describe(scale)}"
-        )
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.loss_scale.copy_(scale.detach().reshape(()))
-            module._loss_scale_is_set = True

@@ -1,28 +1,14 @@
 """`with moe_ext.padding(mask):` brings a padding mask to layers deep inside a model."""
 
 import contextlib
-import contextvars
-import threading
-import weakref
 
 import torch
 
 from ._checks import check_mask, describe
+from ._masks import masked
+from .moe import MoE
 
-# [(mask, the layers that it is for, or None: all)], the innermost first. It belongs to a thread
-# and, in asyncio, to a task. torch.compile refuses a ContextVar but traces a threading.local: in
-# compiled code the masks are those of the thread.
-_masks = contextvars.ContextVar("moe_ext.padding", default=None)
-
-
-class _OfThread(threading.local):
-    def __init__(self):  # once a thread
-        self.masks = ()
-
-
-_of_thread = _OfThread()
-# Layers whose last forward took a mask of these.
-_masked = contextvars.ContextVar("moe_ext.padding.masked", default=None)
+__all__ = ["padding"]
 
 
 @contextlib.contextmanager
@@ -54,24 +40,12 @@ def padding(mask, module=None):
     """
     if mask is not None:
         check_mask("padding", "mask", mask)
-    compiling = torch.compiler.is_compiling()
-    previous = _of_thread.masks
-    outer = previous if compiling else _masks.get() or ()
-    masks = ((mask, _layers(module)), *outer)
-    _of_thread.masks = masks
-    token = None if compiling else _masks.set(masks)
-    try:
+    with masked(mask, _layers(module)):
         yield
-    finally:
-        _of_thread.masks = previous
-        if token is not None:
-            _masks.reset(token)
 
 
 def _layers(module):
     """The ids of the layers in it."""
-    from .moe import MoE
-
     if module is None:
         return None
     if not isinstance(module, torch.nn.Module):
@@ -80,43 +54,3 @@ def _layers(module):
     if not layers:
         raise ValueError(f"padding: module must hold an MoE, {type(module).__name__} has none")
     return layers
-
-
-def current_padding(layer):
-    """The mask for this layer, or None."""
-    if torch.compiler.is_compiling():
-        return _mask_for(layer, _of_thread.masks)
-    mask = _mask_for(layer, _read(_masks) or ())
-    masked = _read(_masked)
-    if mask is not None:
-        if masked is None:
-            _masked.set(masked := weakref.WeakSet())
-        masked.add(layer)
-    elif masked is not None and layer in masked:
-        if _in_backward():
-            raise RuntimeError(
-                "MoE: a backward pass recomputes this layer without the padding mask of"
-                " its forward pass: call backward() inside `with moe_ext.padding(mask)`"
-            )
-        masked.discard(layer)
-    return mask
-
-
-def _mask_for(layer, masks):
-    for mask, layers in masks:
-        if layers is None or id(layer) in layers:
-            return mask
-    return None
-
-
-def _in_backward():
-    return torch._C._current_graph_task_id() != -1
-
-
-def _read(variable):
-    """Its value; on autograd's own threads, which recompute layers, that of backward()'s caller."""
-    value = variable.get()
-    if value is None and _in_backward() and torch._C._is_key_in_tls("context"):
-        context = torch._C._get_obj_in_tls("context")
-        value = None if context is None else context.get(variable)
-    return value

@@ -6,6 +6,9 @@ import torch
 from torch import nn
 
 from ._checks import check_flag, check_number, describe
+from .moe import MoE
+
+__all__ = ["Count", "ExpertMatrix", "count_parameters", "parameter_groups"]
 
 
 class Count(NamedTuple):
@@ -65,8 +68,6 @@ def parameter_groups(model, weight_decay=0.1, *, expert_matrices=False):
         TypeError, ValueError: model is no module; weight_decay no number of at least 0; with
             `expert_matrices` a stack that is sharded, of which a matrix is no view.
     """
-    from .moe import MoE
-
     _check_module("parameter_groups", model)
     weight_decay = check_number("parameter_groups", "weight_decay", weight_decay)
     check_flag("parameter_groups", "expert_matrices", expert_matrices)
@@ -130,8 +131,6 @@ def count_parameters(model):
     Raises:
         TypeError: model is no module.
     """
-    from .moe import MoE
-
     _check_module("count_parameters", model)
     total = sum(p.numel() for p in model.parameters())
     layers = [m for m in model.modules() if isinstance(m, MoE)]

@@ -1,6 +1,7 @@
-"""The MoE layers of published systems, as arguments of `MoE`.
+"""The MoE layers of published systems, as the config of an `MoE`.
 
-    layer = moe_ext.MoE(**moe_ext.presets.MIXTRAL_8X7B)
+    layer = moe_ext.MoE(moe_ext.presets.MIXTRAL_8X7B)
+    small = moe_ext.presets.MIXTRAL_8X7B.replace(hidden_size=512, intermediate_size=1792)
     layer = moe_ext.MoE.from_pretrained_block(path, layer=3, preset="mixtral_8x7b")
 
 Each names its source. `PRESETS` has them all by name. Balance losses are per layer here
@@ -14,9 +15,21 @@ GPT-4 and Gemini are mixtures of experts by their authors' or others' word, but 
 layers are undisclosed: there is nothing to preset.
 """
 
+from .config import MoEConfig
+
+__all__ = [
+    "DEEPSEEK_V2",
+    "DEEPSEEK_V3",
+    "GROK_1",
+    "MEGABLOCKS_DMOE_760M",
+    "MIXTRAL_8X7B",
+    "PRESETS",
+    "SWITCH_BASE_8",
+]
+
 # Jiang et al. 2024, arXiv:2401.04088; config.json of mistralai/Mixtral-8x7B-v0.1, which
 # has router_aux_loss_coef 0.02 and 32 layers.
-MIXTRAL_8X7B = dict(
+MIXTRAL_8X7B = MoEConfig.of(
     hidden_size=4096,
     intermediate_size=14336,
     num_experts=8,
@@ -30,7 +43,7 @@ MIXTRAL_8X7B = dict(
 
 # github.com/xai-org/grok-1: run.py (sizes), model.py (MoELayer, Router; jax.nn.gelu is the
 # tanh approximation). How it was trained is undisclosed, so no loss.
-GROK_1 = dict(
+GROK_1 = MoEConfig.of(
     hidden_size=6144,
     intermediate_size=32768,
     num_experts=8,
@@ -44,7 +57,7 @@ GROK_1 = dict(
 
 # DeepSeek-AI 2024, arXiv:2405.04434; config.json of deepseek-ai/DeepSeek-V2. The balance
 # loss is its expert-level one (alpha_1), here over the batch; 2 shared experts side by side.
-DEEPSEEK_V2 = dict(
+DEEPSEEK_V2 = MoEConfig.of(
     hidden_size=5120,
     intermediate_size=1536,
     num_experts=160,
@@ -64,7 +77,7 @@ DEEPSEEK_V2 = dict(
 # DeepSeek-AI 2024, arXiv:2412.19437; config.json of deepseek-ai/DeepSeek-V3. The biases
 # move only when `update_router_biases` is called; the balance loss is theirs within a
 # sequence, here over the batch.
-DEEPSEEK_V3 = dict(
+DEEPSEEK_V3 = MoEConfig.of(
     hidden_size=7168,
     intermediate_size=2048,
     num_experts=256,
@@ -85,7 +98,7 @@ DEEPSEEK_V3 = dict(
 
 # Fedus et al. 2021, arXiv:2101.03961 (losses, jitter); config.json of google/switch-base-8
 # (sizes, and 64 rows an expert takes of each sequence).
-SWITCH_BASE_8 = dict(
+SWITCH_BASE_8 = MoEConfig.of(
     hidden_size=768,
     intermediate_size=3072,
     num_experts=8,
@@ -103,7 +116,7 @@ SWITCH_BASE_8 = dict(
 
 # Gale et al. 2022, arXiv:2211.15841; github.com/databricks/megablocks: exp/dmoe/
 # dmoe_760m_8gpu.sh (24 layers) and megablocks/layers/arguments.py.
-MEGABLOCKS_DMOE_760M = dict(
+MEGABLOCKS_DMOE_760M = MoEConfig.of(
     hidden_size=1536,
     intermediate_size=6144,
     num_experts=64,

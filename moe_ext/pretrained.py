@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from ._checks import FLOATS, check_integer, check_name, describe
+from .config import MoEConfig
 from .presets import PRESETS
 from .reference import GATES
 
@@ -130,15 +131,15 @@ def parts(layer):
     o one.
     """
     up, down, up_bias, down_bias = layer.experts.weights()
-    options = layer.experts.options
-    if options["transposed"]:
+    activation = layer.config.experts.activation
+    if activation.transposed:
         up, down = up.mT, down.mT
     found = {"down": (down, "e h i"), "down_bias": (down_bias, "e h")}
     for part, tensor, axes in (("up", up, "i h"), ("up_bias", up_bias, "i")):
-        if options["activation"] not in GATES:
+        if activation.name not in GATES:
             found[f"ungated_{part}"] = (tensor, f"e {axes}")
         elif tensor is not None:
-            interleaved = options["interleaved"]
+            interleaved = activation.interleaved
             both = tensor.unflatten(1, (-1, 2) if interleaved else (2, -1))
             both = both.transpose(1, 2) if interleaved else both
             found[f"gate_{part}"] = (both, f"e g {axes}")
@@ -349,14 +350,14 @@ def _refuse_other_quantisations(checkpoint, prefix):
 
 def from_pretrained_block(cls, source, layer=None, *, preset=None, device=None, dtype=None, **options):  # fmt: skip
     """See `MoE.from_pretrained_block`."""
-    arguments = _arguments(preset) | options
+    config = _config(preset, options)
     checkpoint = _open(source)
     for prefix in {p for format in FORMATS for p in _prefixes(LOAD, format, layer)}:
         _refuse_other_quantisations(checkpoint, prefix)
     format, prefix = _locate(checkpoint, layer)
     down = _keys(checkpoint, prefix + _anchor(format))
     target = dtype or (torch.bfloat16 if len(down) == 2 else checkpoint[down[0]].dtype)
-    block = cls(**arguments, device="meta", dtype=target)
+    block = cls(config, device="meta", dtype=target)
 
     wanted = {prefix + name: shape for name, _, shape in entries(LOAD, block, format)}
     _check_names(checkpoint, wanted, format, prefix)
@@ -375,12 +376,13 @@ def from_pretrained_block(cls, source, layer=None, *, preset=None, device=None, 
     return block
 
 
-def _arguments(preset):
-    if preset is None:
-        return {}
-    if isinstance(preset, Mapping):
-        return dict(preset)
-    return PRESETS[check_name(LOAD, "preset", preset, PRESETS)]
+def _config(preset, options):
+    """What `MoE` is made of: a preset's options, and others in their place."""
+    if isinstance(preset, MoEConfig):
+        return preset.replace(**options)
+    if preset is None or isinstance(preset, Mapping):
+        return MoEConfig.of(**{**(preset or {}), **options})
+    return PRESETS[check_name(LOAD, "preset", preset, PRESETS)].replace(**options)
 
 
 def _anchor(format):

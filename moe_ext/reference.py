@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .types import Plan, Route
+from .types import Activation, ExpertParameters, Plan, RouterOutput
 
 
 def accumulation_dtype(dtype):
@@ -106,7 +106,7 @@ def topk_route(
     score_sums = torch.where(present[:, None], distribution, 0.0).sum(0)
     logsumexp = torch.where(present, logits.logsumexp(-1), 0.0)
     counts = torch.bincount(experts[valid], minlength=num_experts)
-    return Route(weights, experts.int(), counts.int(), score_sums, logsumexp)
+    return RouterOutput(weights, experts.int(), counts.int(), score_sums, logsumexp)
 
 
 def capacity_scatter(
@@ -181,52 +181,41 @@ ACTIVATIONS = {
 GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 
 
-def activate(preactivations, activation, limit, alpha, up_offset, interleaved):
+def activate(preactivations, activation):
     """(rows, 2I) -> (rows, I) for a gate, (rows, I) -> (rows, I) otherwise."""
-    if activation not in GATES:
-        return ACTIVATIONS[activation](preactivations)
-    if interleaved:
+    if activation.name not in GATES:
+        return ACTIVATIONS[activation.name](preactivations)
+    if activation.interleaved:
         gate, up = preactivations[..., 0::2], preactivations[..., 1::2]
     else:
         gate, up = preactivations.chunk(2, -1)
-    return gated_activation(gate, up, activation, limit, alpha, up_offset)
+    return gated_activation(gate, up, activation)
 
 
-def gated_activation(gate, up, activation, limit=None, alpha=1.0, up_offset=0.0):
+def gated_activation(gate, up, activation):
     """phi(gate) * (up + up_offset), both clamped first: the gate from above, up on both sides."""
+    name, limit, alpha, up_offset, *_ = activation
     if limit is not None:
         # Not clamp, whose gradient at the limit itself, where half precision often rounds to, is 1
         # before torch 2.14 and 0 from then on. Here it is 1.
         gate = torch.where(gate > limit, limit, gate)
         up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
-    if activation == "swiglu":
+    if name == "swiglu":
         return gate * torch.sigmoid(alpha * gate) * (up + up_offset)
-    return ACTIVATIONS[GATES[activation]](gate) * (up + up_offset)
+    return ACTIVATIONS[GATES[name]](gate) * (up + up_offset)
 
 
-def grouped_ffn(
-    x,
-    plan,
-    up_proj,
-    down_proj,
-    up_bias=None,
-    down_bias=None,
-    *,
-    activation="swiglu",
-    limit=None,
-    alpha=1.0,
-    up_offset=0.0,
-    transposed=False,
-    interleaved=False,
-):
-    if transposed:
+def grouped_ffn(x, plan, *parameters, activation="swiglu", **by_name):
+    up_proj, down_proj, up_bias, down_bias = ExpertParameters(*parameters, **by_name)
+    activation = Activation.of(activation)
+    if activation.transposed:
         up_proj, down_proj = up_proj.mT, down_proj.mT
     offsets = plan.expert_offsets.tolist()
     rows = []
     for expert, (begin, end) in enumerate(zip(offsets, offsets[1:])):
         mine = x[plan.row_token[begin:end].long()]
         h = F.linear(mine, up_proj[expert], None if up_bias is None else up_bias[expert])
-        a = activate(h, activation, limit, alpha, up_offset, interleaved)
+        a = activate(h, activation)
         rows.append(
             F.linear(a, down_proj[expert], None if down_bias is None else down_bias[expert])
         )
@@ -245,8 +234,8 @@ def weighted_combine(rows, weights, plan):
     return (torch.where(kept, weights, 0.0).to(dtype)[..., None] * mine).sum(1).to(rows.dtype)
 
 
-def moe_forward(x, weights, plan, up_proj, down_proj, up_bias=None, down_bias=None, **options):
-    rows = grouped_ffn(x, plan, up_proj, down_proj, up_bias, down_bias, **options)
+def moe_forward(x, weights, plan, *parameters, activation="swiglu", **by_name):
+    rows = grouped_ffn(x, plan, *parameters, activation=activation, **by_name)
     return weighted_combine(rows, weights, plan)
 
 

@@ -1,4 +1,4 @@
-"""From dense to sparse: one feed-forward network upcycled, or all those of a model replaced."""
+"""A model's dense feed-forward networks, each replaced by an `MoE`."""
 
 import fnmatch
 import sys
@@ -6,114 +6,13 @@ import warnings
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
-from ._checks import describe, one_top_k
+from ._checks import describe
 from .dense import NotDenseError, arrangements, linear_maps, read_dense
 from .moe import MoE
+from .upcycling import layer_for, side_by_side, upcycle
 
-
-@torch.inference_mode(False)  # or the parameters made here could never be trained
-def upcycle(ffn, num_experts=8, top_k=None, *, capacity_factor=None, activation=None, **options):
-    """See `MoE.from_dense`."""
-    weighs_by_score = _weighs_by_score(num_experts, top_k, options)
-    if weighs_by_score:
-        equal = 0.5 if options.get("score_function") == "sigmoid" else 1 / num_experts
-        options |= dict(norm_topk_prob=False, routed_scaling_factor=1 / equal)
-    else:
-        _check_sum_of_weights(options)
-    dense = read_dense(ffn, activation)
-    if dense.up.weight.is_meta:
-        raise ValueError(
-            "MoE.from_dense: ffn must hold data, which the experts copy, got parameters on the meta"
-            " device (built there, or offloaded by accelerate): load them first, or take"
-            " replace_ffn(model, upcycled=False) for fresh experts"
-        )
-    dropout = [m.p for m in ffn.modules() if isinstance(m, _DropoutNd) and m.p > 0]
-    if dropout:
-        warnings.warn(
-            f"MoE.from_dense: the FFN's dropout (p={dropout[0]}) is left out", stacklevel=3
-        )
-    layer = _layer_for(ffn, dense, num_experts, top_k, capacity_factor=capacity_factor, **options)
-    _copy_to_experts(dense, layer.experts)
-    with torch.no_grad():
-        if weighs_by_score:
-            weight = layer.gate.weight
-            close = max(1e-5, torch.finfo(weight.dtype).eps / 16)
-            weight.normal_(std=close * weight.shape[1] ** -0.5)
-        if layer.shared_experts is not None:
-            # They start silent, and learn from there.
-            for parameter in layer.shared_experts.down_proj.parameters():
-                parameter.zero_()
-    return layer
-
-
-def _layer_for(ffn, dense, num_experts, top_k, *, intermediate_size=None, **options):
-    """An `MoE` of the FFN's size, activation, biases, place, dtype and mode."""
-    weight = dense.up.weight
-    options.setdefault("bias", any(part and part.bias is not None for part in dense[1:]))
-    options.setdefault("capacity_factor", None)
-    options.setdefault("device", weight.device)
-    options.setdefault("dtype", weight.dtype)
-    size = intermediate_size or len(weight)
-    layer = MoE(weight.shape[1], size, num_experts, top_k, activation=dense.activation, **options)
-    return layer.train(ffn.training)
-
-
-def _copy_to_experts(dense, experts):
-    """Every expert becomes the dense FFN, in whatever layout the experts have, and trains as it does."""
-    ups = [dense.up] if dense.gate is None else [dense.gate, dense.up]
-    stacks = experts.weights()
-    up, down, up_bias, down_bias = (None if t is None else t.detach() for t in stacks)
-    if experts.options["transposed"]:
-        up, down = up.mT, down.mT
-    if experts.options["interleaved"]:
-        places = [slice(0, None, 2), slice(1, None, 2)]
-    else:
-        places = [
-            slice(i * len(part.weight), (i + 1) * len(part.weight)) for i, part in enumerate(ups)
-        ]
-    copies = [[], [], [], []]  # by stack: (the part of it, what comes there)
-    for place, part in zip(places, ups):
-        copies[0].append((up[:, place], part.weight))
-        copies[2].append((None if up_bias is None else up_bias[:, place], part.bias))
-    copies[1].append((down, dense.down.weight))
-    copies[3].append((down_bias, dense.down.bias))
-    for stack, parts in zip(stacks, copies):
-        parts = [(place, tensor) for place, tensor in parts if tensor is not None]
-        if len({tensor.requires_grad for _, tensor in parts}) > 1:
-            raise ValueError(
-                "MoE.from_dense: ffn must have requires_grad alike in gate and up, which become one"
-                " parameter, got one frozen"
-            )
-        for place, tensor in parts:  # a bias that is missing stays zero
-            place.copy_(tensor.detach())
-            stack.requires_grad_(tensor.requires_grad)
-
-
-def _weighs_by_score(num_experts, top_k, options):
-    """Whether a token's one weight is its score, for the router to learn from."""
-    told = {"norm_topk_prob", "routed_scaling_factor"} & options.keys()
-    return (
-        one_top_k(top_k, options.get("num_experts_per_tok")) == 1 < num_experts
-        and options.get("score_function") != "softmax_topk"
-        and not told
-    )
-
-
-def _check_sum_of_weights(options):
-    """A token's K equal experts add up to the dense FFN if its weights add up to 1."""
-    norm = options.get("norm_topk_prob", True)
-    scale = options.get("routed_scaling_factor", 1.0)
-    if not (norm or options.get("score_function") == "softmax_topk") or scale != 1.0:
-        raise ValueError(
-            "MoE.from_dense: a token's weights must sum to 1, or the layer would not start as the"
-            " dense FFN: norm_topk_prob=True (or score_function='softmax_topk') and"
-            f" routed_scaling_factor=1.0, got {norm} and {scale}"
-        )
-
-
-# ---- replacing those of a model ------------------------------------------------------
+__all__ = ["replace_ffn"]
 
 
 @torch.inference_mode(False)
@@ -125,7 +24,7 @@ def replace_ffn(model, num_experts=8, top_k=None, *, match=None, upcycled=True, 
 
     Args:
         model: changed in place.
-        num_experts, top_k, **options: of `MoE`. Sizes, activation, biases, device, dtype
+        num_experts, top_k, **options: of `MoE`; or a config in place of num_experts. Sizes, activation, biases, device, dtype
             and mode come from each FFN; capacity_factor is None (dropless) unless given.
         match: which modules: a pattern of their names ("layers.*.mlp"), a class, or a
             function (name, module) -> bool. None: every module that computes a dense
@@ -172,11 +71,9 @@ def replace_ffn(model, num_experts=8, top_k=None, *, match=None, upcycled=True, 
             try:
                 if module not in made:
                     if upcycled:
-                        made[module] = upcycle(module, num_experts, top_k, **options)
+                        made[module] = upcycle(MoE, module, num_experts, top_k, **options)
                     else:
-                        dense = read_dense(module, options.get("activation"))
-                        fresh = {k: v for k, v in options.items() if k != "activation"}
-                        made[module] = _layer_for(module, dense, num_experts, top_k, **fresh)
+                        made[module] = _fresh(module, num_experts, top_k, options)
             except NotDenseError as problem:
                 if match is not None:
                     raise ValueError(f"replace_ffn: {name}: {problem}") from None
@@ -194,6 +91,12 @@ def replace_ffn(model, num_experts=8, top_k=None, *, match=None, upcycled=True, 
         setattr(model.get_submodule(parent), child, layer)
     _record(model)
     return places
+
+
+def _fresh(ffn, num_experts, top_k, options):
+    num_experts, top_k, options = side_by_side(num_experts, top_k, dict(options))
+    dense = read_dense(ffn, options.pop("activation", None))
+    return layer_for(MoE, ffn, dense, num_experts, top_k, **options)
 
 
 def _record(model):

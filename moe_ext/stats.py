@@ -11,13 +11,17 @@ import math
 import torch
 import torch.distributed as dist
 
-from . import reference
-from ._load import BACKEND
+from .functional import stage
 
-ops = torch.ops.moe_ext
+__all__ = ["Numbers", "RoutingStats"]
 
 # The slots of `totals`, see accumulate_stats.
 TOKENS, ASSIGNMENTS, DROPPED, LOST_TOKENS, ENTROPY, MAX_LOGIT, FORWARDS = range(7)
+
+
+@stage
+def accumulate_stats(*args):
+    torch.ops.moe_ext.accumulate_stats(*args)
 
 
 def _static(tensor):
@@ -84,11 +88,10 @@ class RoutingStats:
                 setattr(self, name, _static(tensor.to(device)))
 
     def accumulate(self, logits, route, assignment_row, padding_mask, score_function, training):
-        add = reference.accumulate_stats if BACKEND == "reference" else ops.accumulate_stats
         score_sums = route.score_sums
         if logits.requires_grad:  # else two ops for nothing
             logits, score_sums = logits.detach(), score_sums.detach()
-        add(
+        accumulate_stats(
             self.counts, self.score_sums, self.totals, self.step_counts if training else None,
             logits, route.experts, route.counts, score_sums,
             assignment_row, padding_mask, score_function,

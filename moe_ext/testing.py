@@ -130,39 +130,40 @@ def compare(layer, x, padding_mask=None):
     either way; a choice that is worse by more than rounding counts as wrong. Shared
     experts, jitter and losses are no stages and left out; the layer is not changed.
     """
-    gate, experts = layer.gate, layer.experts
-    up_proj, down_proj, up_bias, down_bias = experts.weights()
-    sequence = layer.capacity_scope == "sequence"
-    tokens = x.shape[-2] if sequence else x[..., 0].numel()
+    gate, config = layer.gate, layer.config
+    capacity, num_sequences = config.room(x.shape, layer.training)
     mask = None if padding_mask is None else padding_mask.reshape(-1)
-    options = {name: value for name, value in gate.options.items() if name != "top_k"}
     return compare_stages(
         x,
         gate=dict(weight=gate.weight, bias=gate.bias),
-        experts=dict(up_proj=up_proj, down_proj=down_proj, up_bias=up_bias, down_bias=down_bias),
-        top_k=layer.top_k,
-        router_dtype=gate.input_dtype,
-        routing=dict(selection_bias=gate.e_score_correction_bias, padding_mask=mask, **options),
-        scatter=dict(
-            capacity=layer.capacity(tokens),
+        experts=layer.experts.weights()._asdict(),
+        top_k=config.router.top_k,
+        router_dtype=config.router.router_dtype,
+        routing=dict(
+            selection_bias=gate.e_score_correction_bias,
             padding_mask=mask,
-            drop_policy=layer.drop_policy,
-            num_sequences=x[..., 0].numel() // max(tokens, 1) if sequence else 1,
+            **config.router.scoring(),
         ),
-        ffn=experts.options,
+        scatter=dict(
+            capacity=capacity,
+            padding_mask=mask,
+            drop_policy=config.capacity.drop_policy,
+            num_sequences=num_sequences,
+        ),
+        activation=config.experts.activation,
     )
 
 
 def compare_stages(
-    x, gate, experts, *, top_k, router_dtype=None, routing=None, scatter=None, ffn=None
+    x, gate, experts, *, top_k, router_dtype=None, routing=None, scatter=None, activation="swiglu"
 ):
     """`compare` without a layer, on x (T, H) and bare tensors.
 
     gate: weight (E, H), and bias (E) or None. experts: up_proj, down_proj, and
-    up_bias, down_bias or None. routing, scatter, ffn: the options of `topk_route`,
-    `capacity_scatter` and the experts' stages.
+    up_bias, down_bias or None. routing, scatter: the options of `topk_route` and
+    `capacity_scatter`; activation: of the experts' stages.
     """
-    routing, scatter, ffn = routing or {}, scatter or {}, ffn or {}
+    routing, scatter = routing or {}, scatter or {}
     rows = Comparison()
 
     def run(stage, inputs, **options):
@@ -206,9 +207,9 @@ def compare_stages(
         **scatter,
     )
     plan = Plan(**plan)
-    made = run("grouped_ffn", dict(x=x, **experts), plan=plan, **ffn)
+    made = run("grouped_ffn", dict(x=x, **experts), plan=plan, activation=activation)
     run("weighted_combine", dict(rows=made["output"].to(x.dtype), weights=weights), plan=plan)
-    run("moe_forward", dict(x=x, weights=weights, **experts), plan=plan, **ffn)
+    run("moe_forward", dict(x=x, weights=weights, **experts), plan=plan, activation=activation)
     return rows
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffn_suite import LAYOUTS, PARAMETERS, FFNStage, needs_ops
-from moe_ext import functional, reference
+from moe_ext import Activation, functional, reference
 from moe_ext._load import BACKEND
 from oracle import ACTIVATIONS, DTYPES, assert_within_bound, bits_equal, draw_plan, evaluate
 
@@ -61,14 +61,7 @@ class FFNOperator(FFNStage):
         """Output 1: x times up_proj plus its bias, in plan order and the parameters' layout."""
         plan = draw_plan(tokens, 4, 2, "sentinels")
         inputs = self.inputs(tokens, 16, 10, 4, 2, dtype, bias=True, **layout)
-        options = (
-            "swiglu",
-            None,
-            1.0,
-            0.0,
-            layout.get("transposed", False),
-            layout.get("interleaved", False),
-        )
+        options = Activation(**layout)
         op = getattr(torch.ops.moe_ext, self.stage)
         _, actual = op(*self.op_arguments(inputs, plan), *options, True)
         assert actual.shape == (tokens * 2, 20)

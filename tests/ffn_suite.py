@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_ext import functional, reference
+from moe_ext import Activation, functional, reference
 from moe_ext._load import BACKEND
 from oracle import (
     ACTIVATIONS,
@@ -57,12 +57,12 @@ class FFNStage:
     def call(self, inputs, plan, **options):
         return self.bind(functional, plan, **options)(**inputs)
 
-    def bind(self, module, plan, **options):
+    def bind(self, module, plan, activation="swiglu", **fields):
         """The stage as a function of its floating inputs."""
-        stage = getattr(module, self.stage)
+        stage, activation = getattr(module, self.stage), Activation(activation, **fields)
         if self.weighted:
-            return lambda x, weights, **p: stage(x, weights, plan, **p, **options)
-        return lambda x, **p: stage(x, plan, **p, **options)
+            return lambda x, weights, **p: stage(x, weights, plan, **p, activation=activation)
+        return lambda x, **p: stage(x, plan, **p, activation=activation)
 
     def inputs(self, T, H, I, E, K, dtype, weights_dtype=torch.float32, activation="swiglu", **ffn):
         ffn = {k: v for k, v in ffn.items() if k in ("bias", "transposed")}

@@ -19,7 +19,7 @@ def make(num_experts=E, top_k=K, hidden=H, width=I, seed=None, dtype=torch.float
     layer = MoE(hidden, width, num_experts, top_k, dtype=dtype, **options)
     with torch.no_grad():
         for name, p in layer.named_parameters():
-            transposed = layer.experts.options["transposed"] and name.startswith("experts.")
+            transposed = layer.transposed and name.startswith("experts.")
             fan_in = (
                 1 if p.dim() == 1 or name.endswith("_bias") else p.shape[-2 if transposed else -1]
             )

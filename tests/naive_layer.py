@@ -23,53 +23,52 @@ GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": 
 
 def ffn(layer, x, gate, up, down, gate_bias=0.0, up_bias=0.0, down_bias=0.0):
     """down phi(gate x) * (up x): weights are (out, in)."""
-    options = layer.experts.options
-    name = options["activation"]
+    name, limit, alpha, up_offset, *_ = layer.config.experts.activation
     u = up @ x + up_bias
     if name not in GATED:
         return down @ PHI[name](u) + down_bias
     g = gate @ x + gate_bias
-    if options["limit"] is not None:
-        g, u = g.clamp(max=options["limit"]), u.clamp(-options["limit"], options["limit"])
+    if limit is not None:
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
     if name == "swiglu":
-        phi = g / (1 + torch.exp(-options["alpha"] * g))
+        phi = g / (1 + torch.exp(-alpha * g))
     else:
         phi = PHI[GATED[name]](g)
-    return down @ (phi * (u + options["up_offset"])) + down_bias
+    return down @ (phi * (u + up_offset)) + down_bias
 
 
 def expert(layer, e, x):
-    experts, options = layer.experts, layer.experts.options
-    gated = options["activation"] in GATED
+    experts, activation = layer.experts, layer.config.experts.activation
+    gated = activation.name in GATED
     up = (experts.gate_up_proj if gated else experts.up_proj)[e]
     down = experts.down_proj[e]
     up_bias = experts.gate_up_proj_bias if gated else experts.up_proj_bias
     up_bias = torch.zeros(1) if up_bias is None else up_bias[e]
     down_bias = 0.0 if experts.down_proj_bias is None else experts.down_proj_bias[e]
-    if options["transposed"]:
+    if activation.transposed:
         up, down = up.T, down.T
     up_bias = up_bias.expand(len(up))
     if not gated:
         return ffn(layer, x, None, up, down, 0.0, up_bias, down_bias)
     half = len(up) // 2
-    rows = (slice(0, None, 2), slice(1, None, 2)) if options["interleaved"] else None
+    rows = (slice(0, None, 2), slice(1, None, 2)) if activation.interleaved else None
     g, u = rows or (slice(0, half), slice(half, None))
     return ffn(layer, x, up[g], up[u], down, up_bias[g], up_bias[u], down_bias)
 
 
 def choose(layer, scores):
     """The K best ids by score plus bias, from the best groups, ties to the lower id."""
-    options, bias = layer.gate.options, layer.gate.e_score_correction_bias
+    options, bias = layer.config.router, layer.gate.e_score_correction_bias
     choice = scores.detach() if bias is None else scores.detach() + bias
     choice = choice.tolist()
-    size = len(choice) // options["n_group"]
-    groups = [range(i * size, (i + 1) * size) for i in range(options["n_group"])]
-    taken = 1 if options["group_score"] == "max" else 2
+    size = len(choice) // options.n_group
+    groups = [range(i * size, (i + 1) * size) for i in range(options.n_group)]
+    taken = 1 if options.group_score == "max" else 2
 
     def group_score(group):
         return sum(sorted((choice[e] for e in group), reverse=True)[:taken])
 
-    best = sorted(groups, key=lambda g: (-group_score(g), g[0]))[: options["topk_group"]]
+    best = sorted(groups, key=lambda g: (-group_score(g), g[0]))[: options.topk_group]
     eligible = sorted(e for group in best for e in group)
     return sorted(eligible, key=lambda e: (-choice[e], e))[: layer.top_k]
 
@@ -105,7 +104,7 @@ def keep(layer, experts, weights, present, sequences):
 
 def naive_layer(layer, x, padding_mask=None):
     """(y, aux, z, statistics) of layer(x) without jitter."""
-    options = layer.gate.options
+    options = layer.config.router
     H, E, K = layer.hidden_size, layer.num_experts, layer.top_k
     tokens = x.reshape(-1, H)
     T = len(tokens)
@@ -129,11 +128,11 @@ def naive_layer(layer, x, padding_mask=None):
         if layer.score_function == "softmax_topk":
             w = torch.exp(logit[ids] - logit[ids].max().detach())
             w = w / w.sum()
-        elif options["norm_topk_prob"]:
+        elif options.norm_topk_prob:
             w = w / (w.sum() + 1e-20)
         logits.append(logit)
         experts.append(ids)
-        weights.append(w * options["routed_scaling_factor"])
+        weights.append(w * options.routed_scaling_factor)
         if present[t]:
             p = score / score.sum()
             score_sums = score_sums + p

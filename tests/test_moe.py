@@ -60,7 +60,11 @@ def test_every_dtype_within_the_bound(dtype, training):
         logits = reference.router_logits(tokens, layer.gate.weight)
         route = reference.topk_route(logits, K, experts=routing.experts)
         y = reference.moe_forward(
-            tokens, route.weights, routing.plan, *layer.experts.weights(), **layer.experts.options
+            tokens,
+            route.weights,
+            routing.plan,
+            *layer.experts.weights(),
+            activation=layer.config.experts.activation,
         )
         y = (y + layer.shared_experts(tokens)).view(x.shape)
         if not layer.training:
@@ -247,7 +251,11 @@ def test_jitter(target):
     assert_close(routing.logits, layer(x * noise, return_routing=True)[1].logits)
     seen = x * noise if target == "block" else x  # by the experts
     expected = reference.moe_forward(
-        seen, routing.weights, routing.plan, *layer.experts.weights(), **layer.experts.options
+        seen,
+        routing.weights,
+        routing.plan,
+        *layer.experts.weights(),
+        activation=layer.config.experts.activation,
     )
     assert_close(y, expected)
     layer.jitter_eps = 0.25

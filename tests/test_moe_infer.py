@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 import moe_ext
 from layer_suite import E, H, make, options, statistics, through_modules
-from moe_ext import functional
 from oracle import DTYPES, HAS_OPS, bits_equal, several_runs, unit
 
 pytestmark = pytest.mark.skipif(not HAS_OPS, reason="the reference registers no ops")
@@ -226,9 +225,11 @@ def arguments(layer, x, padding_mask=None, **more):
     gate, stats = layer.gate, copy.deepcopy(layer._stats)
     args = (x, gate.weight, gate.bias, stats.counts, stats.score_sums, stats.totals, layer.top_k)
     args += tuple(layer.experts.weights())
+    config = layer.config
+    activation = config.experts.activation._asdict()
+    activation["activation"] = activation.pop("name")
     more |= dict(selection_bias=gate.e_score_correction_bias, padding_mask=padding_mask)
-    route = {name: gate.options[name] for name in functional.ROUTE_OPTIONS}
-    return args, more | route | layer.experts.options
+    return args, more | config.router.scoring() | activation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

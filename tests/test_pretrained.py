@@ -32,8 +32,8 @@ FORMATS_OF = {
 ROUND_TRIPS = [(preset, format) for preset in PRESETS for format in FORMATS_OF[preset]]
 
 
-def tiny(preset, **options):
-    return MoE(**PRESETS[preset] | TINY[preset] | options)
+def tiny(preset, dtype=None, **options):
+    return MoE(PRESETS[preset].replace(**TINY[preset] | options), dtype=dtype)
 
 
 def randomise(layer):
@@ -44,11 +44,11 @@ def randomise(layer):
 
 def test_presets_are_what_they_say():
     assert PRESETS.keys() == TINY.keys()
-    for arguments in PRESETS.values():
-        layer = MoE(**arguments, device="meta", dtype=torch.bfloat16)
+    for config in PRESETS.values():
+        layer = MoE(config, device="meta", dtype=torch.bfloat16)
         assert layer.capacity_factor is None and layer.eval_capacity_factor is None
     billions = {
-        name: sum(p.numel() for p in MoE(**PRESETS[name], device="meta").parameters()) / 1e9
+        name: sum(p.numel() for p in MoE(PRESETS[name], device="meta").parameters()) / 1e9
         for name in PRESETS
     }
     # 46.7, 314, 236 and 671 billion parameters are these many layers and the rest.

@@ -55,7 +55,7 @@ def checkpoint(tmp_path, monkeypatch, **_):
     save_file = pytest.importorskip("safetensors.torch").save_file
     small = dict(hidden_size=H, intermediate_size=I, num_experts=E)
     monkeypatch.setitem(
-        moe_ext.presets.PRESETS, "mixtral_8x7b", moe_ext.presets.PRESETS["mixtral_8x7b"] | small
+        moe_ext.presets.PRESETS, "mixtral_8x7b", moe_ext.presets.MIXTRAL_8X7B.replace(**small)
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Mixtral-8x7B-v0.1").mkdir()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from moe_ext import reference
+from moe_ext import Activation, reference
 from oracle import (
     ACTIVATIONS,
     ROUTINGS,
@@ -293,17 +293,20 @@ def test_moe_forward_is_the_definition(activation, routing):
     p = draw_ffn(H, I, E, F64, gated=gated, bias=True)
     experts = draw_experts(T, E, K, routing)
     plan = reference.capacity_scatter(experts, E)
-    options = dict(activation=activation)
+    options = {}
     if gated:
         options |= dict(limit=0.8, up_offset=1.0)
     if activation == "swiglu":
         options |= dict(alpha=1.702)
-    expected = ffn_by_loops(x, experts, weights, p, **options)
-    close(reference.moe_forward(x, weights, plan, **p, **options), expected)
+    expected = ffn_by_loops(x, experts, weights, p, activation, **options)
+
+    def computed(parameters, **layout):
+        act = Activation(activation, **options, **layout)
+        return reference.moe_forward(x, weights, plan, **parameters, activation=act)
+
+    close(computed(p), expected)
     transposed = p | {name: p[name].mT.contiguous() for name in ("up_proj", "down_proj")}
-    close(
-        reference.moe_forward(x, weights, plan, **transposed, **options, transposed=True), expected
-    )
+    close(computed(transposed, transposed=True), expected)
     if gated:
         gate, up = p["up_proj"].chunk(2, 1)
         gate_bias, up_bias = p["up_bias"].chunk(2, 1)
@@ -311,8 +314,7 @@ def test_moe_forward_is_the_definition(activation, routing):
             up_proj=torch.stack((gate, up), 2).flatten(1, 2),
             up_bias=torch.stack((gate_bias, up_bias), 2).flatten(1, 2),
         )
-        actual = reference.moe_forward(x, weights, plan, **interleaved, **options, interleaved=True)
-        close(actual, expected)
+        close(computed(interleaved, interleaved=True), expected)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -322,12 +324,14 @@ def test_moe_forward_gradcheck(activation, transposed):
     gated = activation in reference.GATES
     plan = draw_plan(T, E, K, "duplicates", capacity=2)
     p = draw_ffn(H, I, E, F64, gated=gated, bias=True, transposed=transposed)
-    options = dict(activation=activation, transposed=transposed)
+    options = dict(name=activation, transposed=transposed)
     if gated:
         options |= dict(limit=1.5, alpha=1.3, up_offset=0.5, interleaved=transposed)
 
     def forward(x, weights, *parameters):
-        return reference.moe_forward(x, weights, plan, *parameters, **options)
+        return reference.moe_forward(
+            x, weights, plan, *parameters, activation=Activation(**options)
+        )
 
     assert gradcheck(forward, (leaf(T, H), leaf(T, K), *(t.requires_grad_() for t in p.values())))
 
@@ -369,7 +373,7 @@ def test_the_gradient_at_a_limit_is_that_within():
     """Which torch's own clamp has it depends on its release; half precision often rounds there."""
     gate = torch.tensor([0.5, 0.75, 1.0, -1.0, math.nan], requires_grad=True)
     up = torch.tensor([-0.75, 0.75, 1.0, -1.0, 0.5], requires_grad=True)
-    y = reference.gated_activation(gate, up, "reglu", limit=0.75)
+    y = reference.gated_activation(gate, up, Activation("reglu", limit=0.75))
     assert torch.equal(y[:4], torch.tensor([-0.375, 0.5625, 0.5625, 0.0])) and y[4].isnan()
     y.sum().backward()
     assert gate.grad[:4].tolist() == [-0.75, 0.75, 0.0, 0.0]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ffn_suite import needs_ops
 from moe_ext import functional, reference
 from moe_ext.testing import relative_error
-from moe_ext.types import Route
+from moe_ext.types import RouterOutput
 from oracle import DTYPES, assert_matches, assert_same_bits, bits_equal, evaluate, strided, unit
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "softmax_topk")
@@ -503,7 +503,7 @@ def test_ids_below_zero(id_dtype):
 @needs_ops
 def test_result_is_a_route():
     route = functional.topk_route(torch.randn(3, 4), 2)
-    assert isinstance(route, Route) and [t.shape for t in route] == [
+    assert isinstance(route, RouterOutput) and [t.shape for t in route] == [
         (3, 2),
         (3, 2),
         (4,),

@@ -12,7 +12,6 @@ from torch import nn
 
 import moe_ext
 from moe_ext import MoE
-from moe_ext.options import arguments_of
 from oracle import bits_equal, relative_error
 
 transformers = pytest.importorskip("transformers")
@@ -154,19 +153,19 @@ OPTIONS = [
 def test_all_options_come_back(options, tmp_path):
     model = llama().eval()
     swapped = moe_ext.replace_ffn(model, upcycled=False, **options)
-    recorded = arguments_of(swapped["model.layers.0.mlp"])
-    for name, value in options.items():
-        assert recorded[name] == ("float64" if name == "router_dtype" else value), name
+    config = swapped["model.layers.0.mlp"].config
+    assert config.options() | options == config.options()
+    recorded = config.to_dict()
     model.save_pretrained(tmp_path)
     loaded = load(model, tmp_path)
     assert loaded.config.moe_ext == model.config.moe_ext
-    assert all(arguments_of(layer) == recorded for layer in layers(loaded).values())
+    assert all(layer.config.to_dict() == recorded for layer in layers(loaded).values())
     assert bits_equal(logits(loaded), logits(model))
 
 
 def test_every_argument_of_a_layer_is_recorded():
     arguments = set(inspect.signature(MoE).parameters) - {"num_experts_per_tok", "device", "dtype"}
-    assert arguments_of(MoE(8, 8)).keys() == arguments
+    assert MoE(8, 8).config.options().keys() == arguments
     told = {"hidden_size", "activation", *(name for options in OPTIONS for name in options)}
     assert told == arguments  # and tried above
 

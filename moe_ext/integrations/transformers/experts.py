@@ -10,10 +10,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ...functional import capacity_scatter, grouped_ffn, moe_forward, weighted_combine
 from ...reference import accumulation_dtype
 from . import quantised
-from .gates import fused_options
-from .health import observe
+from .gates import fused_activation
 from .lora import install, low_rank_of
 from .lora_ffn import lora_ffn
+from .observing import observe
 from .unfused import called_ffn
 
 
@@ -59,17 +59,19 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
     weights = top_k_weights.to(accumulation_dtype(x.dtype))
     plan = capacity_scatter(top_k_index, self.num_experts)
     observe(self, top_k_index, top_k_weights)
-    options = fused_options(self, x.dtype)
+    activation = fused_activation(self, x.dtype)
     has_norm = getattr(self, "has_post_expert_norm", False)  # since transformers 5.19 or later
-    is_combined = options is not None and not has_norm
-    if options is None:
+    is_combined = activation is not None and not has_norm
+    if activation is None:
         y = called_ffn(self, x, plan, *parameters, *lora)
     elif any(lora):
-        y = lora_ffn(x, weights if is_combined else None, plan, *parameters, *lora, **options)
+        y = lora_ffn(
+            x, weights if is_combined else None, plan, *parameters, *lora, activation=activation
+        )
     elif is_combined:
-        y = moe_forward(x, weights, plan, *parameters, **options)
+        y = moe_forward(x, weights, plan, *parameters, activation=activation)
     else:
-        y = grouped_ffn(x, plan, *parameters, **options)
+        y = grouped_ffn(x, plan, *parameters, activation=activation)
     if not is_combined:
         rows = self.post_expert_norm(y) if has_norm else y
         y = weighted_combine(rows, weights.to(accumulation_dtype(rows.dtype)), plan)

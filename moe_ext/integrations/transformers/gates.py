@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import activations
 
 from ...reference import GATES
+from ...types import Activation
 
 # By class, or by function where act_fn is one.
 ACTIVATIONS = {
@@ -75,11 +76,11 @@ def fingerprint(function):
     return hashlib.sha256(ast.unparse(definition).encode()).hexdigest()[:16]
 
 
-def fused_options(experts, dtype):
+def fused_activation(experts, dtype):
     """What `functional.moe_forward` computes these experts with in that dtype, or None."""
     if not experts.has_gate:
         activation = activation_of(experts)
-        return activation and dict(activation=activation, transposed=experts.is_transposed)
+        return activation and Activation(activation, transposed=experts.is_transposed)
     gate = None if "_apply_gate" in vars(experts) else gate_of(type(experts))
     if (
         gate is None
@@ -88,8 +89,8 @@ def fused_options(experts, dtype):
     ):
         return None
     activation = gate.activation or GATED.get(activation_of(experts))
-    return activation and dict(
-        activation=activation,
+    return activation and Activation(
+        activation,
         limit=gate.limit and getattr(experts, gate.limit),
         alpha=getattr(experts, gate.alpha) if gate.alpha else 1.0,
         up_offset=gate.up_offset,

@@ -19,9 +19,10 @@ from torch import nn
 from ..._checks import check_number, describe
 from ...groups import group_of, is_distributed
 from ...moe import MoE
-from ...routing import move_biases
 from ...stats import Numbers, RoutingStats, counting, read_all
-from ...types import Route
+from ...training import move_biases
+from .blocks.base import Replacement
+from .observing import count_call, in_registry
 
 logger = logging.getLogger("moe_ext")
 
@@ -32,46 +33,6 @@ SEEN = (
     "drop_rate", "lost_rate", "entropy", "max_violation", "dead_experts", "tokens",
     "forwards",
 )  # fmt: skip
-
-
-def observe(experts, top_k_index, top_k_weights):
-    """Counts a forward's choices, where a `RoutingHealth` watches these experts."""
-    watchers = getattr(experts, "_routing_watchers", ())
-    # Under expert parallelism ids are local here, and tokens other ranks': see _count_call.
-    if watchers and not getattr(experts, "_is_expert_parallel", False):
-        _count(watchers, experts, top_k_index, top_k_weights)
-
-
-def _count_call(watchers, experts, args, kwargs):
-    """A forward pre-hook: what a rank's own router chose, by the experts' ids in the model."""
-    _, index, weights = (*args, *(kwargs[n] for n in ARGUMENTS[len(args) :]))
-    _count(watchers, experts, index, weights)
-
-
-ARGUMENTS = "hidden_states", "top_k_index", "top_k_weights"
-
-
-@torch.no_grad()
-def _count(watchers, experts, top_k_index, top_k_weights):
-    watchers = counting(watchers, experts.training)
-    for stats in watchers:
-        stats.to(top_k_index.device)
-    num_experts = len(watchers[0].counts)
-    counted = top_k_index.flatten().long().clamp(max=num_experts)
-    load = torch.zeros(num_experts + 1, dtype=torch.int32, device=counted.device)
-    load = load.scatter_add(0, counted, torch.ones_like(counted, dtype=torch.int32))[:-1]
-    assignment_row = None
-    if getattr(experts, "sentinels_are_drops", False):
-        dropped = top_k_index >= num_experts
-        assignment_row = torch.where(dropped, -1, 0).int()
-        top_k_index = top_k_index.masked_fill(dropped, 0)
-    # Of the scores nothing is known here but the weights: the load stands for their sums, or NaN
-    # where a weight is not finite, and logits of 0 for the logits.
-    is_finite = top_k_weights.isfinite().all()
-    route = Route(None, top_k_index, load, torch.where(is_finite, load.double(), math.nan), None)
-    logits = torch.zeros(len(top_k_index), num_experts, device=load.device)
-    for stats in watchers:
-        stats.accumulate(logits, route, assignment_row, None, "softmax", experts.training)
 
 
 class RoutingHealth:
@@ -141,7 +102,7 @@ class RoutingHealth:
         )
         self.counted[name] = pair
         if getattr(module, "_is_expert_parallel", False):
-            hook = functools.partial(_count_call, [pair])
+            hook = functools.partial(count_call, [pair])
             remove = module.register_forward_pre_hook(hook, with_kwargs=True).remove
         else:
             watchers = vars(module).setdefault("_routing_watchers", [])
@@ -336,16 +297,9 @@ def _layers(model):
 
 def runs_here(module):
     """Whether a module's forward comes to experts_forward."""
-    from .blocks.base import Replacement
-
     if isinstance(module, Replacement):
         return module.computes_experts
     return in_registry(module) and module.config._experts_implementation == "moe_ext"
-
-
-def in_registry(module):
-    """Whether transformers' registry of experts functions says what computes its forward."""
-    return "is_concatenated" in vars(module)  # its decorator writes it into every instance
 
 
 def _biases(model, watched):

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ...functional import _autocast, _needs_gradient, weighted_combine
 from ...reference import GATES, accumulation_dtype, activate, gated_activation
-from ...types import Plan
+from ...types import Activation, Plan
 from .stacks import Stack, gradients_like, rows_of_each_expert, stack_of, wanted_only
 
 
 def lora_ffn(
     x, weights, plan, up, down, up_bias, down_bias, up_lora, down_lora, *,
-    activation, limit=None, alpha=1.0, up_offset=0.0, transposed=False, interleaved=False,
+    activation,
 ):  # fmt: skip
     """`functional.moe_forward` of experts with a `lora.LowRank` for one or both of their stacks.
 
@@ -27,12 +27,11 @@ def lora_ffn(
     Differentiable in x, weights, the parameters and the factors; what is frozen costs nothing.
     """
     x, up, down, up_bias, down_bias = _autocast(x, up, down, up_bias, down_bias)
-    ups = stack_of(up, up_bias, up_lora, transposed)
-    downs = stack_of(down, down_bias, down_lora, transposed)
-    options = (activation, limit, alpha, up_offset, interleaved)
+    ups = stack_of(up, up_bias, up_lora, activation.transposed)
+    downs = stack_of(down, down_bias, down_lora, activation.transposed)
     keep_preactivations = _needs_gradient(x, weights, *ups, *downs)
     op = torch.ops.moe_ext_transformers.lora_ffn
-    return op(x, weights, *ups, *downs, *plan, *options, keep_preactivations)[0]
+    return op(x, weights, *ups, *downs, *plan, *activation, keep_preactivations)[0]
 
 
 # Opaque for torch.compile, like unfused.py's.
@@ -45,10 +44,12 @@ def _forward(
     down: Tensor, down_bias: Tensor | None, down_a: Tensor | None, down_b: Tensor | None,
     expert_offsets: Tensor, row_token: Tensor, row_assignment: Tensor, assignment_row: Tensor,
     expert_counts: Tensor,
-    activation: str, limit: float | None, alpha: float, up_offset: float, interleaved: bool,
+    name: str, limit: float | None, alpha: float, up_offset: float, transposed: bool,
+    interleaved: bool,
     keep_preactivations: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, or without weights the rows; and the pre-activations h (R, 2I or I), or none of them."""
+    activation = Activation(name, limit, alpha, up_offset, transposed, interleaved)
     plan = Plan(expert_offsets, row_token, row_assignment, assignment_row, expert_counts)
     ups, downs = Stack(up, up_bias, up_a, up_b), Stack(down, down_bias, down_a, down_b)
     rows = x.new_zeros(len(row_token), x.shape[1])
@@ -56,7 +57,7 @@ def _forward(
     for e, r in rows_of_each_expert(expert_offsets):
         h = ups.times(x[row_token[r]], e, out=kept[r] if keep_preactivations else None)
         h = h.to(accumulation_dtype(x.dtype))
-        a = activate(h, activation, limit, alpha, up_offset, interleaved)
+        a = activate(h, activation)
         downs.times(a.to(x.dtype), e, out=rows[r])
     return rows if weights is None else weighted_combine(rows, weights, plan), kept
 
@@ -68,10 +69,12 @@ def _backward(
     down: Tensor, down_bias: Tensor | None, down_a: Tensor | None, down_b: Tensor | None,
     expert_offsets: Tensor, row_token: Tensor, row_assignment: Tensor, assignment_row: Tensor,
     expert_counts: Tensor,
-    activation: str, limit: float | None, alpha: float, up_offset: float, interleaved: bool,
+    name: str, limit: float | None, alpha: float, up_offset: float, transposed: bool,
+    interleaved: bool,
     output_mask: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Of the first ten inputs. The weights' is <dA, A> + <dy, bias>, with dA before it is weighted."""
+    activation = Activation(name, limit, alpha, up_offset, transposed, interleaved)
     plan = Plan(expert_offsets, row_token, row_assignment, assignment_row, expert_counts)
     ups, downs = Stack(up, up_bias, up_a, up_b), Stack(down, down_bias, down_a, down_b)
     gradients = gradients_like((x, weights, *ups, *downs), output_mask)
@@ -81,7 +84,7 @@ def _backward(
     dtype = accumulation_dtype(x.dtype)
     for e, r in rows_of_each_expert(expert_offsets):
         h = preactivations[r].to(dtype)
-        a = activate(h, activation, limit, alpha, up_offset, interleaved)
+        a = activate(h, activation)
         dy = grad[r] if weights is None else grad[row_token[r]]
         da = downs.times_transposed(dy, e).to(dtype)
         if weights is not None:
@@ -93,7 +96,7 @@ def _backward(
             w = weights.view(-1)[assignment, None]
             dy, da = (dy * w).to(x.dtype), da * w
         downs.write_gradients(ddowns, a.to(x.dtype), dy, e)
-        dh = activate_backward(da, h, activation, limit, alpha, up_offset, interleaved).to(x.dtype)
+        dh = activate_backward(da, h, activation).to(x.dtype)
         ups.write_gradients(dups, x[row_token[r]], dh, e)
         if drows is not None:
             ups.times_transposed(dh, e, out=drows[r])
@@ -103,18 +106,19 @@ def _backward(
     return gradients
 
 
-def activate_backward(da, h, activation, limit, alpha, up_offset, interleaved):
+def activate_backward(da, h, activation):
     """The gradient of `reference.activate`, in closed form: autograd does not run inside an op."""
-    if activation not in GATES:
-        return DERIVATIVES[activation](h, 1.0) * da
+    if activation.name not in GATES:
+        return DERIVATIVES[activation.name](h, 1.0) * da
+    _, limit, alpha, up_offset, _, interleaved = activation
     halves = [slice(0, None, 2), slice(1, None, 2)]
     if not interleaved:
         half = h.shape[1] // 2
         halves = [slice(0, half), slice(half, None)]
     gate, up = (h[:, half] for half in halves)
     g, u = (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))
-    phi = gated_activation(g, 0.0, activation, alpha=alpha, up_offset=1.0)
-    dgate = da * (u + up_offset) * DERIVATIVES[GATES[activation]](g, alpha)
+    phi = gated_activation(g, 0.0, Activation(activation.name, alpha=alpha, up_offset=1.0))
+    dgate = da * (u + up_offset) * DERIVATIVES[GATES[activation.name]](g, alpha)
     dup = da * phi
     if limit is not None:
         dgate, dup = dgate * (gate <= limit), dup * (up.abs() <= limit)
@@ -153,7 +157,7 @@ def _(grad, preactivations, *rest):
 
 
 def _save(ctx, inputs, output):
-    tensors, ctx.options = inputs[:15], inputs[15:20]
+    tensors, ctx.options = inputs[:15], inputs[15:21]
     ctx.save_for_backward(output[1], *tensors)
     ctx.set_materialize_grads(False)
 
@@ -162,7 +166,7 @@ def _gradient(ctx, grad, _):
     output_mask = list(ctx.needs_input_grad[:10])
     backward = torch.ops.moe_ext_transformers.lora_ffn_backward
     gradients = backward(grad, *ctx.saved_tensors, *ctx.options, output_mask)
-    return *wanted_only(gradients, output_mask), *[None] * 11
+    return *wanted_only(gradients, output_mask), *[None] * 12
 
 
 _forward.register_autograd(_gradient, setup_context=_save)

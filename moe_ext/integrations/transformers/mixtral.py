@@ -4,7 +4,6 @@ import transformers  # its models are imported when they are asked for
 
 from ..._checks import describe
 from ...moe import MoE
-from ...options import arguments_of
 
 OP = "export_mixtral"
 
@@ -66,7 +65,7 @@ def _config(llama, layers):
                 f"{where} must be a moe_ext.MoE, since all layers of a Mixtral have experts, got"
                 f" {describe(layer)}"
             )
-        found = arguments_of(layer)
+        found = layer.config.options()
         for name, value in _REQUIRED.items():
             if found[name] != value:
                 raise ValueError(f"{where}: {name} must be {value!r}, got {found[name]!r}")

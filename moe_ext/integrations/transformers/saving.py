@@ -2,7 +2,7 @@
 
     import moe_ext.integrations.transformers
     moe_ext.replace_ffn(model, 8, 2)        # or: model.model.layers[3].mlp = MoE.from_dense(...)
-    model.save_pretrained(folder)           # model.config.moe_ext: {module's name: its arguments}
+    model.save_pretrained(folder)           # model.config.moe_ext: {module's name: its config}
     ...
     import moe_ext.integrations.transformers
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -18,8 +18,8 @@ import warnings
 
 from transformers import PreTrainedModel
 
+from ...config import MoEConfig
 from ...moe import MoE
-from ...options import arguments_of, layer_of
 
 KEY = "moe_ext"  # of a config
 
@@ -54,7 +54,7 @@ def record(model):
 def _record(model):
     config = model.config
     recorded = {
-        name: arguments_of(module)
+        name: module.config.to_dict()
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, MoE)
     }
@@ -73,12 +73,12 @@ def _record(model):
 
 def _build(model):
     """Puts the layers of its config into a model that is being constructed."""
-    for name, arguments in getattr(model.config, KEY, {}).items():
+    for name, config in getattr(model.config, KEY, {}).items():
         place = _place(model, name)
         if place is None or isinstance(model.get_submodule(place), MoE):
             continue
         parent, _, child = place.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer_of(MoE, arguments))
+        setattr(model.get_submodule(parent), child, MoE(MoEConfig.from_dict(config)))
 
 
 def _place(model, name):

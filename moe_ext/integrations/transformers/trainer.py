@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from ..._checks import check_flag
-from ...losses import set_loss_scale
+from ...training import set_loss_scale
 from .health import RoutingHealth
 
 

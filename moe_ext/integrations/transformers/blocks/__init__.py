@@ -16,7 +16,7 @@ from torch import nn
 
 from ...._checks import describe
 from .._version import PROVEN
-from ..health import in_registry
+from ..observing import in_registry
 from . import checkpoints
 from .base import Replacement, Stacked
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.integrations.moe import _default_apply_gate
 
 from ..experts import experts_forward
+from . import checkpoints
 
 
 class Replacement:
@@ -100,10 +101,8 @@ class Stacked(Replacement, ABC):
                 theirs[part].requires_grad_(stack.requires_grad)
 
     def __setstate__(self, state):  # unpickled where nothing was replaced yet
-        from .checkpoints import install
-
         super().__setstate__(state)
-        install()
+        checkpoints.install()
 
     def in_original(self, name, stack):
         """{name in the original: what it is of this tensor, in its shape there}."""

@@ -9,8 +9,6 @@ import functools
 
 from transformers import modeling_utils
 
-from .base import Stacked
-
 
 def install():
     """Replaces that function, once; for models without replacements it does what it did."""
@@ -34,7 +32,7 @@ def in_original(model, state_dict):
     theirs = {
         f"{place}.{name}" if place else name: (place, name, module)
         for place, module in model.named_modules()
-        if isinstance(module, Stacked)
+        if hasattr(module, "in_original")  # a `base.Stacked`
         for name in module._parameters
     }
     renamed = {}

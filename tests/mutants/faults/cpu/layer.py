@@ -13,6 +13,14 @@ fault(
     "if padding_mask is None:\n            shared = shared",
     "tests/test_moe.py::test_padding_is_as_if_the_tokens_were_not_there",
 )
+fault = faults("moe_ext/losses.py")
+fault(
+    "losses are injected in eval too",
+    "        layer.training\n        and config.inject_losses",
+    "        config.inject_losses",
+    "tests/test_losses.py::test_nothing_is_injected_in_eval_or_without_gradients",
+)
+fault = faults("moe_ext/config.py")
 fault(
     "a sequence's capacity comes from the whole batch",
     "tokens, num_sequences = shape[-2], max(",
@@ -20,25 +28,26 @@ fault(
     "tests/test_moe.py::test_every_option_as_written_out",
 )
 fault(
-    "losses are injected in eval too",
-    "            self.training\n            and self.inject_losses",
-    "            self.inject_losses",
-    "tests/test_losses.py::test_nothing_is_injected_in_eval_or_without_gradients",
-)
-
-fault = faults("moe_ext/routing.py")
-fault(
     "capacity is rounded down",
-    "capacity = -(-(tokens * numerator * top_k) // denominator)",
-    "capacity = tokens * numerator * top_k // denominator",
+    "rows = -(-(tokens * numerator * self.router.top_k) // denominator)",
+    "rows = tokens * numerator * self.router.top_k // denominator",
     "tests/test_moe.py::test_capacity",
 )
+fault(
+    "training takes the factor of evaluation",
+    "self._ratios[bool(training)]",
+    "self._ratios[False]",
+    "tests/test_moe.py::test_capacity",
+)
+
+fault = faults("moe_ext/training.py")
 fault(
     "loss-free balancing moves the bias towards the load",
     "torch.sign(n.mean() - n)",
     "torch.sign(n - n.mean())",
     "tests/test_stats.py::test_update_moves_the_bias_against_the_load",
 )
+fault = faults("moe_ext/routing.py")
 fault(
     "the selection bias is not used",
     "selection_bias=self.float32_bias()",

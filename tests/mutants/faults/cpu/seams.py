@@ -37,20 +37,37 @@ fault(
 
 fault = faults("moe_ext/options.py", "tests/test_options.py")
 fault(
-    "the router keeps the routing that it was built with",
-    "layer._routing.update(check_routing_options(layer.num_experts, **options))",
-    "layer._routing = check_routing_options(layer.num_experts, **options)",
+    "the router keeps the config that it was built with",
+    "    layer._settings.config = config\n",
+    "    layer._settings = type(layer._settings)(config)\n",
+)
+fault(
+    "a config may have other parameters than the layer",
+    "        if option(config, name) != option(before, name):",
+    "        if False:",
+)
+fault(
+    "a rate set later has no counts",
+    "        layer._stats.count_steps()\n",
+    "",
+)
+fault = faults("moe_ext/config.py", "tests/test_options.py", "tests/test_config.py")
+fault(
+    "an option set later is not checked",
+    'self._put(name, check("MoE", name, getattr(self, name), **limits))',
+    "pass",
 )
 fault(
     "a capacity factor set later is forgotten",
-    "layer._capacity_ratios = {**layer._capacity_ratios, name: ratio}",
-    "layer._capacity_ratios.setdefault(name, ratio)",
+    "return dataclasses.replace(self, **changes)",
+    'return dataclasses.replace(self, **{**changes, "capacity": self.capacity})',
 )
 fault(
-    "an option set later is not checked",
-    "name: check(layer, value)}",
-    "name: value}",
+    "a field of the activation resets the others",
+    "whole._replace(**of_activation)",
+    "Activation(**of_activation)",
 )
+fault("a later version is read as if it were ours", ") > VERSION:", ") > VERSION + 9:")
 
 # ---- padding and losses ----------------------------------------------------------------------
 
@@ -60,14 +77,14 @@ fault(
     "tokens = tokens.masked_fill(padding_mask[:, None], 0)",
     "pass",
 )
-fault = faults("moe_ext/masking.py", "tests/test_masking.py")
+fault = faults("moe_ext/_masks.py", "tests/test_masking.py")
 fault(
     "the mask of a part is for all layers", "if layers is None or id(layer) in layers:", "if True:"
 )
 fault(
     "an outer mask goes before an inner one",
-    "masks = ((mask, _layers(module)), *outer)",
-    "masks = (*outer, (mask, _layers(module)))",
+    "masks = ((mask, layers), *outer)",
+    "masks = (*outer, (mask, layers))",
 )
 fault = faults("moe_ext/losses.py", "tests/test_losses.py")
 fault(
@@ -135,7 +152,7 @@ fault(
     "(o.by_logits ? row.logits : row.scores)",
     "row.scores",
 )
-fault = faults("moe_ext/moe.py", "tests/test_edges.py")
+fault = faults("moe_ext/config.py", "tests/test_edges.py")
 fault(
     "one token alone has no sequence",
     "shape = (1, *shape)[-max(len(shape), 2) :]",

@@ -105,11 +105,11 @@ SAVING_TESTS = "tests/integrations/test_saving.py"
 
 fault = faults("moe_ext/replace.py", SAVING_TESTS)
 fault("replaced, but not recorded", "    _record(model)\n    return places", "    return places")
-fault = faults("moe_ext/options.py", SAVING_TESTS)
+fault = faults("moe_ext/config.py", SAVING_TESTS)
 fault(
     "the router's dtype is lost",
-    'cls(**{**arguments, "router_dtype": dtype})',
-    'cls(**{**arguments, "router_dtype": None})',
+    'getattr(torch, values["router_dtype"], values["router_dtype"])',
+    "None",
 )
 fault = faults("moe_ext/integrations/transformers/saving.py", SAVING_TESTS)
 fault(
@@ -156,7 +156,9 @@ fault(
 
 # ---- routing health --------------------------------------------------------------------------
 
-fault = faults("moe_ext/integrations/transformers/health.py", "tests/integrations/test_health.py")
+fault = faults(
+    "moe_ext/integrations/transformers/observing.py", "tests/integrations/test_health.py"
+)
 fault(
     "sentinels count for the last expert",
     "clamp(max=num_experts)",
@@ -168,6 +170,7 @@ fault(
     "counting(watchers, experts.training)",
     "counting(watchers, True)",
 )
+fault = faults("moe_ext/integrations/transformers/health.py", "tests/integrations/test_health.py")
 fault(
     "a second watcher takes the first one's place", "watchers.append(pair)", "watchers[:] = [pair]"
 )
@@ -194,7 +197,7 @@ fault(
     "            total[MAX_LOGIT] = maximum\n",
     "            pass\n",
 )
-fault = faults("moe_ext/routing.py", "tests/integrations/test_health.py::test_sums_over_ranks")
+fault = faults("moe_ext/training.py", "tests/integrations/test_health.py::test_sums_over_ranks")
 fault(
     "every rank moves its biases by itself",
     "    if reduce:\n        dist.all_reduce(counts",

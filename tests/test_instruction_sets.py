@@ -31,6 +31,19 @@ def test_same_results(name):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
 
 
+@pytest.mark.parametrize("name", sorted({"avx2", "avx512"} & {USED, *OTHERS}))
+def test_same_choice(name):
+    """Logits and routing weights have the same bits wherever products and sums are fused."""
+    ask = (
+        "import torch, moe_ext.functional as f; torch.manual_seed(0);"
+        "logits = f.router_logits(torch.randn(70, 1300), torch.randn(37, 1300) / 36);"
+        "route = f.topk_route(logits, 4, score_function='sigmoid');"
+        "print([t.view(torch.int32).tolist() for t in (logits, route.weights, route.experts)])"
+    )
+    fused = [run(other, "-c", ask).stdout for other in (name, "avx2")]
+    assert fused[0] == fused[1] and len(fused[0]) > 70 * 37
+
+
 def test_names():
     known = ("baseline", "avx2", "avx512", "avx512_bf16")
     assert "baseline" in (USED, *OTHERS) and {USED, *OTHERS} <= set(known)

@@ -15,9 +15,9 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/simd.h"
+#include "cpu/tensors.h"
 
-namespace moe_ext {
+namespace moe_ext::cpu {
 namespace {
 
 constexpr const char* kOp = "accumulate_stats";
@@ -32,48 +32,10 @@ struct BlockTotals {
 // A NaN stays once it is there.
 inline double larger(double a, double b) { return b > a || b != b ? b : a; }
 
-// One token's largest logit and the entropy of its scores.
-template <typename A>
-struct TokenEntropy {
-  template <typename T>
-  static MOE_EXT_INLINE void run(const T* logits, int64_t num_experts, bool is_sigmoid, A* entropy,
-                                 A* max_logit) {
-    A top = -std::numeric_limits<A>::infinity();
-    A nan = 0;
-#pragma omp simd reduction(max : top) reduction(+ : nan)
-    for (int64_t e = 0; e < num_experts; ++e) {
-      const A l = static_cast<A>(logits[e]);
-      top = l > top ? l : top;
-      nan += l != l ? l : A(0);
-    }
-    A sum = 0, weighted = 0;
-    if (is_sigmoid) {
-#pragma omp simd reduction(+ : sum, weighted)
-      for (int64_t e = 0; e < num_experts; ++e) {
-        const A s = sigmoid(static_cast<A>(logits[e]));
-        sum += s;
-        weighted += s > A(0) ? s * std::log(s) : A(0);
-      }
-      *entropy = std::log(sum) - weighted / sum;
-    } else {
-#pragma omp simd reduction(+ : sum, weighted)
-      for (int64_t e = 0; e < num_experts; ++e) {
-        const A d = static_cast<A>(logits[e]) - top;
-        const A p = exp_nonpositive(d);
-        sum += p;
-        weighted += p * (d < A(-1000) ? A(-1000) : d);  // 0, not NaN, where d is -inf
-      }
-      *entropy = std::log(sum) - weighted / sum;
-    }
-    *max_logit = top + nan;
-  }
-};
-
-template <typename T, typename Id>
-BlockTotals block_totals(const T* logits, const Id* experts, const int32_t* assignment_row,
+template <class A, class Id>
+BlockTotals block_totals(const Rows& logits, const Id* experts, const int32_t* assignment_row,
                          const bool* padding, bool is_sigmoid, int64_t begin, int64_t end,
                          int64_t num_experts, int64_t top_k) {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
   BlockTotals block;
   for (int64_t t = begin; t < end; ++t) {
     if (padding && padding[t]) continue;
@@ -88,8 +50,7 @@ BlockTotals block_totals(const T* logits, const Id* experts, const int32_t* assi
     block.dropped += assigned - kept;
     block.lost += assigned > 0 && kept == 0;
     A entropy, max_logit;
-    simd_call<TokenEntropy<A>>(logits + t * num_experts, num_experts, is_sigmoid, &entropy,
-                               &max_logit);
+    row_kernels<A>().entropy(logits.from_row(t), num_experts, is_sigmoid, &entropy, &max_logit);
     block.entropy += entropy;
     block.max_logit = larger(block.max_logit, max_logit);
   }
@@ -113,17 +74,17 @@ void accumulate_stats(at::Tensor& counts, at::Tensor& score_sums, at::Tensor& to
   const at::Tensor l = logits.contiguous(), ids = experts.contiguous();
   const at::Tensor rows = assignment_row ? assignment_row->contiguous() : at::Tensor();
   const at::Tensor mask = padding_mask ? padding_mask->contiguous() : at::Tensor();
-  const int32_t* row_data = rows.defined() ? rows.const_data_ptr<int32_t>() : nullptr;
-  const bool* mask_data = mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
+  const int32_t* row_data = data_or_null<int32_t>(rows);
+  const bool* mask_data = data_or_null<bool>(mask);
   std::vector<BlockTotals> blocks((tokens + kBlock - 1) / kBlock);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, l.scalar_type(), kOp, [&] {
+  with_sums(l.scalar_type() == at::kDouble, [&](auto sums_in) {
     AT_DISPATCH_INDEX_TYPES(ids.scalar_type(), kOp, [&] {
-      const scalar_t* logit_data = l.const_data_ptr<scalar_t>();
       const index_t* id_data = ids.const_data_ptr<index_t>();
       at::parallel_for(0, blocks.size(), 1, [&](int64_t first, int64_t last) {
         for (int64_t b = first; b < last; ++b)
-          blocks[b] = block_totals(logit_data, id_data, row_data, mask_data, is_sigmoid, b * kBlock,
-                                   std::min((b + 1) * kBlock, tokens), num_experts, ids.size(1));
+          blocks[b] = block_totals<decltype(sums_in)>(
+              rows_of(l), id_data, row_data, mask_data, is_sigmoid, b * kBlock,
+              std::min((b + 1) * kBlock, tokens), num_experts, ids.size(1));
       });
     });
   });
@@ -160,4 +121,4 @@ void accumulate_stats(at::Tensor& counts, at::Tensor& score_sums, at::Tensor& to
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("accumulate_stats", &accumulate_stats); }
 
-}  // namespace moe_ext
+}  // namespace moe_ext::cpu

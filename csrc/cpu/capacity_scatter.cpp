@@ -17,7 +17,7 @@
 #include <tuple>
 #include <vector>
 
-namespace moe_ext {
+namespace moe_ext::cpu {
 namespace {
 
 constexpr const char* kOp = "capacity_scatter";
@@ -170,4 +170,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> capacity_
 
 TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("capacity_scatter", &capacity_scatter); }
 
-}  // namespace moe_ext
+}  // namespace moe_ext::cpu

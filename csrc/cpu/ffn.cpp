@@ -10,21 +10,10 @@
 #include <algorithm>
 #include <utility>
 
+#include "cpu/tensors.h"
+
 namespace moe_ext::cpu {
 namespace {
-
-Dtype dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return Dtype::f64;
-    case at::kFloat:
-      return Dtype::f32;
-    case at::kBFloat16:
-      return Dtype::bf16;
-    default:
-      return Dtype::f16;
-  }
-}
 
 // The kernels take weights of any layout in which one of the matrix's strides is 1.
 at::Tensor with_unit_stride(const at::Tensor& weight) {
@@ -68,14 +57,12 @@ void combine_tokens(const Experts& call, const at::Tensor& y, const WorkspaceRow
                     const T* weight) {
   const int32_t* row = call.assignment_row.const_data_ptr<int32_t>();
   const int64_t top_k = call.top_k;
-  const RowsOut out{y.mutable_data_ptr(), call.dtype, call.hidden};
+  const RowsOut out = rows_out(y);
   const int64_t grain = 1 + (1 << 15) / std::max<int64_t>(1, call.hidden * top_k);
   at::parallel_for(0, call.tokens, grain, [&](int64_t begin, int64_t end) {
-    Rows mine = rows.rows();
     for (int64_t t = begin; t < end; ++t) {
-      mine.index = row + t * top_k;
-      kernels<T>().combine(out.from_row(t), mine, weight ? weight + t * top_k : nullptr, top_k,
-                           call.hidden);
+      row_kernels<T>().combine(out.from_row(t), rows.rows().with_index(row + t * top_k),
+                               weight ? weight + t * top_k : nullptr, top_k, call.hidden);
     }
   });
 }

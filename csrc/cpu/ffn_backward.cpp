@@ -5,6 +5,8 @@
 
 #include "cpu/blocking.h"
 #include "cpu/ffn.h"
+#include "cpu/tensors.h"
+#include "cpu/threads.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -40,8 +42,7 @@ class Backward {
 
  private:
   Rows tokens() const {
-    return {call_.x.const_data_ptr(), call_.dtype, call_.x.stride(0),
-            call_.row_token.template const_data_ptr<int32_t>()};
+    return rows_of(call_.x).with_index(call_.row_token.template const_data_ptr<int32_t>());
   }
   // Each expert's sum over its rows of outputs^T inputs, in the weight's layout.
   at::Tensor weight_gradient(const at::Tensor& weight, Rows outputs, Rows inputs) const;
@@ -87,12 +88,13 @@ void Backward<P>::rows(T* score) const {
         for (int64_t r = 0; score && r < m; ++r) {
           score[block.begin + r] =
               down_bias.defined()
-                  ? kernel_.dot({dy.data + r * dy.ld, Operand<P>::dtype, 0},
-                                {data<T>(down_bias) + e * hidden, Operand<T>::dtype, 0}, hidden)
+                  ? row_kernels<T>().dot({dy.data + r * dy.ld, Operand<P>::dtype, 0},
+                                         {data<T>(down_bias) + e * hidden, Operand<T>::dtype, 0},
+                                         hidden)
                   : T(0);
         }
         const Matrix<P> dh = dh_.part(block.begin, m);
-        const Rows h{call_.preactivations.const_data_ptr(), call_.dtype, width};
+        const Rows h = rows_of(call_.preactivations);
         const ActivationBackward<P> to{dh,
                                        wa_.part(block.begin, m),
                                        score ? score + block.begin : nullptr,
@@ -144,13 +146,13 @@ at::Tensor Backward<P>::weight_gradient(const at::Tensor& weight, Rows p, Rows q
 template <class P>
 at::Tensor Backward<P>::bias_gradient(int64_t cols, const Rows& rows, const T* weight) const {
   at::Tensor gradient = at::empty({call_.experts, cols}, call_.x.options());
-  const RowsOut out{gradient.mutable_data_ptr(), call_.dtype, cols};
+  const RowsOut out = rows_out(gradient);
   const int32_t* offsets = call_.offsets();
   const auto nothing = [](Scratch& scratch) { return scratch; };
   for_items(call_.experts, call_.kept * cols, nothing, [&](const Scratch&, int64_t e) {
-    kernels<T>().sum_rows(out.from_row(e), rows.from_row(offsets[e]),
-                          weight ? weight + offsets[e] : nullptr, offsets[e + 1] - offsets[e],
-                          cols);
+    row_kernels<T>().sum_rows(out.from_row(e), rows.from_row(offsets[e]),
+                              weight ? weight + offsets[e] : nullptr, offsets[e + 1] - offsets[e],
+                              cols);
   });
   return gradient;
 }

@@ -3,6 +3,8 @@
 
 #include "cpu/blocking.h"
 #include "cpu/ffn.h"
+#include "cpu/tensors.h"
+#include "cpu/threads.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -51,6 +53,7 @@ void Forward<P>::up(void* kept) const {
   const int64_t up_begin = call_.spec.interleaved ? 1 : intermediate;
   const ColumnBlocks columns(woven ? call_.width : intermediate, blocks_.height, 64,
                              blocks_.size());
+  const Rows tokens = rows_of(call_.x).with_index(call_.row_token.const_data_ptr<int32_t>());
   struct Pieces {
     P* x;
     T *gate, *up, *both;
@@ -63,35 +66,34 @@ void Forward<P>::up(void* kept) const {
                   woven ? scratch.take<T>(product) : nullptr,
                   scratch.take_scratch(kernel_.matmul_scratch(blocks_.height, hidden))};
   };
-  for_items(
-      blocks_.size() * columns.groups, call_.kept * call_.width * hidden, carve,
-      [&](const Pieces& pieces, int64_t item) {
-        const RowBlock& block = blocks_[item / columns.groups];
-        const int64_t e = block.expert, m = block.rows(), packed = packed_rows(m);
-        const Block<P> x{pieces.x, m, packed, hidden};
-        kernel_.load_block(x, {call_.x.const_data_ptr(), call_.dtype, call_.x.stride(0),
-                               call_.row_token.template const_data_ptr<int32_t>() + block.begin});
-        const Weight w_gate = weight_of(call_, call_.up_proj, e, 0, step);
-        const Weight w_up = gated ? weight_of(call_, call_.up_proj, e, up_begin, step) : Weight{};
-        const RowsOut kept_rows = RowsOut{kept, call_.dtype, call_.width};
-        columns.for_blocks(item % columns.groups, [&](int64_t c0, int64_t c1) {
-          const int64_t i0 = woven ? c0 / 2 : c0, count = woven ? (c1 - c0) / 2 : c1 - c0;
-          const Block<T> gate{pieces.gate, m, packed, count}, up{pieces.up, m, packed, count};
-          if (woven) {
-            const Block<T> both{pieces.both, m, packed, c1 - c0};
-            kernel_.matmul_block(both, x, w_gate, c0, pieces.matmul);
-            kernel_.unweave(gate, up, both);
-          } else {
-            kernel_.matmul_block(gate, x, w_gate, c0, pieces.matmul);
-            if (gated) kernel_.matmul_block(up, x, w_up, c0, pieces.matmul);
-          }
-          kernel_.activate_block(
-              activations_of(block),
-              {gate, up, call_.spec, bias.defined() ? data<T>(bias) + e * call_.width : nullptr,
-               kept ? kept_rows.from_row(block.begin) : kept_rows},
-              i0);
-        });
-      });
+  for_items(blocks_.size() * columns.groups, call_.kept * call_.width * hidden, carve,
+            [&](const Pieces& pieces, int64_t item) {
+              const RowBlock& block = blocks_[item / columns.groups];
+              const int64_t e = block.expert, m = block.rows(), packed = packed_rows(m);
+              const Block<P> x{pieces.x, m, packed, hidden};
+              kernel_.load_block(x, tokens.from_row(block.begin));
+              const Weight w_gate = weight_of(call_, call_.up_proj, e, 0, step);
+              const Weight w_up =
+                  gated ? weight_of(call_, call_.up_proj, e, up_begin, step) : Weight{};
+              const RowsOut kept_rows{kept, call_.dtype, call_.width};
+              columns.for_blocks(item % columns.groups, [&](int64_t c0, int64_t c1) {
+                const int64_t i0 = woven ? c0 / 2 : c0, count = woven ? (c1 - c0) / 2 : c1 - c0;
+                const Block<T> gate{pieces.gate, m, packed, count}, up{pieces.up, m, packed, count};
+                if (woven) {
+                  const Block<T> both{pieces.both, m, packed, c1 - c0};
+                  kernel_.matmul_block(both, x, w_gate, c0, pieces.matmul);
+                  kernel_.unweave(gate, up, both);
+                } else {
+                  kernel_.matmul_block(gate, x, w_gate, c0, pieces.matmul);
+                  if (gated) kernel_.matmul_block(up, x, w_up, c0, pieces.matmul);
+                }
+                kernel_.activate_block(activations_of(block),
+                                       {gate, up, call_.spec,
+                                        bias.defined() ? data<T>(bias) + e * call_.width : nullptr,
+                                        kept ? kept_rows.from_row(block.begin) : kept_rows},
+                                       i0);
+              });
+            });
 }
 
 template <class P>

@@ -4,7 +4,6 @@
 
 #include "checks/gather_rows.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -13,34 +12,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/simd.h"
+#include "cpu/tensors.h"
 
-namespace moe_ext {
+namespace moe_ext::cpu {
 namespace {
-
-constexpr int64_t kBlock = 256;  // elements of H at a time, in registers and L1
-
-// One token. `row` points at its K assignments.
-template <typename T>
-struct SumRows {
-  static MOE_EXT_INLINE void run(const T* rows, const int32_t* row, T* out, int64_t top_k,
-                                 int64_t hidden) {
-    using A = accumulate_t<T>;
-    A sum[kBlock];
-    for (int64_t begin = 0; begin < hidden; begin += kBlock) {
-      const int64_t n = std::min(kBlock, hidden - begin);
-      for (int64_t i = 0; i < n; ++i) sum[i] = 0;
-      for (int64_t j = 0; j < top_k; ++j) {
-        if (row[j] < 0) continue;
-        const T* mine = rows + row[j] * hidden + begin;
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<A>(widen(mine[i]));
-      }
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) out[begin + i] = narrow<T>(sum[i]);
-    }
-  }
-};
 
 at::Tensor gather_rows(const at::Tensor& x, const at::Tensor& row_token,
                        const at::Tensor& assignment_row) {
@@ -75,17 +50,18 @@ at::Tensor gather_rows_backward(const at::Tensor& grad_rows, const at::Tensor& a
   const int64_t tokens = plan.size(0), top_k = plan.size(1), hidden = grad_rows.size(1);
   const at::Tensor source = grad_rows.contiguous();
   at::Tensor dx = at::empty({tokens, hidden}, grad_rows.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kBFloat16, at::kHalf, grad_rows.scalar_type(), "gather_rows_backward", [&] {
-        const scalar_t* from = source.const_data_ptr<scalar_t>();
-        const int32_t* row = plan.const_data_ptr<int32_t>();
-        scalar_t* to = dx.mutable_data_ptr<scalar_t>();
-        const int64_t grain = 1 + 32768 / std::max<int64_t>(1, top_k * hidden);
-        at::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
-          for (int64_t t = begin; t < end; ++t)
-            simd_call<SumRows<scalar_t>>(from, row + t * top_k, to + t * hidden, top_k, hidden);
-        });
-      });
+  const int32_t* row = plan.const_data_ptr<int32_t>();
+  const Rows rows = rows_of(source);
+  const RowsOut out = rows_out(dx);
+  with_sums(rows.dtype == Dtype::f64, [&](auto a) {
+    using A = decltype(a);
+    const int64_t grain = 1 + 32768 / std::max<int64_t>(1, top_k * hidden);
+    at::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        row_kernels<A>().combine(out.from_row(t), rows.with_index(row + t * top_k), nullptr, top_k,
+                                 hidden);
+    });
+  });
   return dx;
 }
 
@@ -96,4 +72,4 @@ TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
   m.impl("gather_rows_backward", &gather_rows_backward);
 }
 
-}  // namespace moe_ext
+}  // namespace moe_ext::cpu

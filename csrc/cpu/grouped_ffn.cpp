@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "cpu/ffn.h"
+#include "cpu/tensors.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -14,7 +15,7 @@ std::array<at::Tensor, 2> grouped_ffn(Arguments& args) {
   at::Tensor rows = at::empty({call.rows, call.hidden}, call.x.options());
   at::Tensor kept = preactivations_of(call);
   with_operands(call, [&](auto p) {
-    ffn_forward<decltype(p)>(call, {rows.mutable_data_ptr(), call.dtype, call.hidden},
+    ffn_forward<decltype(p)>(call, rows_out(rows),
                              call.keep_preactivations ? kept.mutable_data_ptr() : nullptr);
   });
   rows.narrow(0, call.kept, call.rows - call.kept).zero_();
@@ -24,9 +25,7 @@ std::array<at::Tensor, 2> grouped_ffn(Arguments& args) {
 std::array<at::Tensor, 5> grouped_ffn_backward(Arguments& args) {
   const Experts call = check_memory(args.op(), read_ffn(args));
   const FfnGradients g = with_operands(call, [&](auto p) {
-    return ffn_backward<decltype(p)>(
-        call, {call.upstream.const_data_ptr(), call.dtype, call.upstream.stride(0)}, nullptr,
-        nullptr);
+    return ffn_backward<decltype(p)>(call, rows_of(call.upstream), nullptr, nullptr);
   });
   return {g.x, g.up_proj, g.down_proj, g.up_bias, g.down_bias};
 }

@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "cpu/ffn.h"
+#include "cpu/tensors.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -36,7 +37,6 @@ std::array<at::Tensor, 2> moe_forward(Arguments& args) {
 std::array<at::Tensor, 6> moe_backward(Arguments& args) {
   const Experts call = check_memory(args.op(), read_ffn(args));
   const auto& wanted = call.wanted;
-  const at::Tensor& dy = call.upstream;
   at::Tensor dweights;
   const FfnGradients g = with_operands(call, [&](auto p) {
     using P = decltype(p);
@@ -50,8 +50,7 @@ std::array<at::Tensor, 6> moe_backward(Arguments& args) {
       row_weight[r] = w.const_data_ptr<T>()[assignment[r]];
     }
     const FfnGradients gradients = ffn_backward<P>(
-        call,
-        {dy.const_data_ptr(), call.dtype, dy.stride(0), call.row_token.const_data_ptr<int32_t>()},
+        call, rows_of(call.upstream).with_index(call.row_token.const_data_ptr<int32_t>()),
         row_weight.data(), wanted[kWeights] ? score.data() : nullptr);
     if (wanted[kWeights]) {
       const at::Tensor dw = at::zeros(w.sizes(), w.options());

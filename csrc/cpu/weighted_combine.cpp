@@ -6,7 +6,6 @@
 
 #include "checks/weighted_combine.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -15,74 +14,13 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <tuple>
 
-#include "cpu/simd.h"
+#include "cpu/tensors.h"
 
-namespace moe_ext {
+namespace moe_ext::cpu {
 namespace {
-
-constexpr int64_t kBlock = 256;  // elements of H at a time, in registers and L1
-
-// One token. `row` and `weight` point at its K assignments.
-template <typename T, typename A>
-struct CombineToken {
-  static MOE_EXT_INLINE void run(const T* rows, const A* weight, const int32_t* row, T* y,
-                                 int64_t top_k, int64_t hidden) {
-    A sum[kBlock];
-    for (int64_t begin = 0; begin < hidden; begin += kBlock) {
-      const int64_t n = std::min(kBlock, hidden - begin);
-      for (int64_t i = 0; i < n; ++i) sum[i] = 0;
-      for (int64_t j = 0; j < top_k; ++j) {
-        if (row[j] < 0) continue;
-        const T* mine = rows + row[j] * hidden + begin;
-        const A w = weight[j];
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) sum[i] += w * static_cast<A>(widen(mine[i]));
-      }
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) y[begin + i] = narrow<T>(sum[i]);
-    }
-  }
-};
-
-// One row; `drow` and `dweight` may be null.
-template <typename T, typename A>
-struct CombineRowBackward {
-  static MOE_EXT_INLINE void run(const T* dy, const T* row, A weight, T* drow, A* dweight,
-                                 int64_t hidden) {
-    if (drow) {
-#pragma omp simd
-      for (int64_t i = 0; i < hidden; ++i)
-        drow[i] = narrow<T>(weight * static_cast<A>(widen(dy[i])));
-    }
-    if (dweight) {
-      A total = 0;
-      for (int64_t begin = 0; begin < hidden; begin += kBlock) {
-        const int64_t end = std::min(begin + kBlock, hidden);
-        A sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = begin; i < end; ++i)
-          sum += static_cast<A>(widen(dy[i])) * static_cast<A>(widen(row[i]));
-        total += sum;
-      }
-      *dweight = total;
-    }
-  }
-};
-
-// Calls f(T{}, A{}) with the rows' type and the accumulation's.
-template <typename F>
-void dispatch(const at::Tensor& rows, at::ScalarType accumulation, const F& f) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, rows.scalar_type(), "weighted_combine",
-                                  [&] {
-                                    if (accumulation == at::kDouble) {
-                                      f(scalar_t{}, double{});
-                                    } else if constexpr (!std::is_same_v<scalar_t, double>) {
-                                      f(scalar_t{}, float{});
-                                    }
-                                  });
-}
 
 at::Tensor weighted_combine(const at::Tensor& rows, const at::Tensor& weights,
                             const at::Tensor& row_assignment, const at::Tensor& assignment_row) {
@@ -95,18 +33,17 @@ at::Tensor weighted_combine(const at::Tensor& rows, const at::Tensor& weights,
   const auto accumulation = combine_accumulation(rows, weights);
   const at::Tensor w = weights.to(accumulation).contiguous();
   at::Tensor y = at::empty({tokens, hidden}, rows.options());
-  dispatch(rows, accumulation, [&](auto t, auto a) {
-    using T = decltype(t);
+  const int32_t* row = plan.const_data_ptr<int32_t>();
+  const Rows from = rows_of(r);
+  const RowsOut out = rows_out(y);
+  with_sums(accumulation == at::kDouble, [&](auto a) {
     using A = decltype(a);
-    const T* row_data = r.const_data_ptr<T>();
-    const A* weight_data = w.const_data_ptr<A>();
-    const int32_t* plan_data = plan.const_data_ptr<int32_t>();
-    T* y_data = y.mutable_data_ptr<T>();
+    const A* weight = w.const_data_ptr<A>();
     const int64_t grain = 1 + 32768 / std::max<int64_t>(1, top_k * hidden);
     at::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        simd_call<CombineToken<T, A>>(row_data, weight_data + i * top_k, plan_data + i * top_k,
-                                      y_data + i * hidden, top_k, hidden);
+      for (int64_t t = begin; t < end; ++t)
+        row_kernels<A>().combine(out.from_row(t), from.with_index(row + t * top_k),
+                                 weight + t * top_k, top_k, hidden);
     });
   });
   return y;
@@ -130,27 +67,26 @@ std::tuple<at::Tensor, at::Tensor> weighted_combine_backward(const at::Tensor& g
       output_mask[0] ? at::empty(rows.sizes(), rows.options()) : at::empty({0}, rows.options());
   at::Tensor dweights =
       output_mask[1] ? at::zeros(weights.sizes(), w.options()) : at::empty({0}, w.options());
-  dispatch(rows, accumulation, [&](auto t, auto a) {
-    using T = decltype(t);
+  const int32_t* assignment_of = plan.const_data_ptr<int32_t>();
+  const Rows upstream = rows_of(dy), from = rows_of(r);
+  const RowsOut to = output_mask[0] ? rows_out(drows) : RowsOut{nullptr, from.dtype, 0};
+  const int64_t row_bytes = hidden * rows.element_size();
+  with_sums(accumulation == at::kDouble, [&](auto a) {
     using A = decltype(a);
-    const T* dy_data = dy.const_data_ptr<T>();
-    const T* row_data = r.const_data_ptr<T>();
-    const A* weight_data = w.const_data_ptr<A>();
-    const int32_t* plan_data = plan.const_data_ptr<int32_t>();
-    T* drow_data = output_mask[0] ? drows.mutable_data_ptr<T>() : nullptr;
-    A* dweight_data = output_mask[1] ? dweights.mutable_data_ptr<A>() : nullptr;
+    const A* weight = w.const_data_ptr<A>();
+    A* dweight = output_mask[1] ? dweights.mutable_data_ptr<A>() : nullptr;
     const int64_t grain = 1 + 16384 / std::max<int64_t>(1, hidden);
     at::parallel_for(0, rows.size(0), grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        T* drow = drow_data ? drow_data + i * hidden : nullptr;
-        const int64_t assignment = plan_data[i];
+        const RowsOut drow = to.data ? to.from_row(i) : to;
+        const int64_t assignment = assignment_of[i];
         if (assignment < 0) {
-          if (drow) std::fill_n(drow, hidden, T(0));
+          if (drow.data) std::memset(drow.data, 0, row_bytes);
           continue;
         }
-        simd_call<CombineRowBackward<T, A>>(
-            dy_data + assignment / top_k * hidden, row_data + i * hidden, weight_data[assignment],
-            drow, dweight_data ? dweight_data + assignment : nullptr, hidden);
+        row_kernels<A>().combine_backward(drow, dweight ? dweight + assignment : nullptr,
+                                          upstream.from_row(assignment / top_k), from.from_row(i),
+                                          weight[assignment], hidden);
       }
     });
   });
@@ -164,4 +100,4 @@ TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
   m.impl("weighted_combine_backward", &weighted_combine_backward);
 }
 
-}  // namespace moe_ext
+}  // namespace moe_ext::cpu

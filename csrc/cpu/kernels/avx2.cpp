@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
+#include <limits>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "kernels.h"
 
@@ -38,8 +41,7 @@ constexpr bool kManyReadInPlace = false;
 
 }  // namespace avx2
 
-extern const Kernels<float> avx2_float = avx2::table<float>("avx2");
-extern const Kernels<double> avx2_double = avx2::table<double>("avx2");
+extern const Table avx2_table = avx2::table();
 
 }  // namespace moe_ext::cpu
 

@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
+#include <limits>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "kernels.h"
 
@@ -31,8 +34,7 @@ namespace avx512 {
 
 }  // namespace avx512
 
-extern const Kernels<float> avx512_float = avx512::table<float>("avx512");
-extern const Kernels<double> avx512_double = avx512::table<double>("avx512");
+extern const Table avx512_table = avx512::table();
 
 }  // namespace moe_ext::cpu
 

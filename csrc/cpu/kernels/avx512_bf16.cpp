@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
+#include <limits>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "kernels.h"
 
@@ -32,7 +35,7 @@ namespace with_bf16 {
 
 }  // namespace with_bf16
 
-extern const Kernels<bf16> avx512_bf16 = with_bf16::table<bf16>("avx512_bf16");
+extern const Kernels<bf16> avx512_bf16_products = with_bf16::products<bf16>();
 
 }  // namespace moe_ext::cpu
 

@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
+#include <limits>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "kernels.h"
 
@@ -24,7 +27,6 @@ constexpr bool kManyReadInPlace = true;
 
 }  // namespace baseline
 
-extern const Kernels<float> baseline_float = baseline::table<float>("baseline");
-extern const Kernels<double> baseline_double = baseline::table<double>("baseline");
+extern const Table baseline_table = baseline::table();
 
 }  // namespace moe_ext::cpu

@@ -20,58 +20,48 @@ inline void with_storage(Dtype dtype, Body body) {
   }
 }
 
+// The same of the operations that take a float64 beside any other dtype, and add up in it.
+template <class T, class Body>
+inline void with_any_storage(Dtype dtype, Body body) {
+  if constexpr (sizeof(T) == 8) {
+    if (dtype != Dtype::f64) return with_storage<float>(dtype, body);
+  }
+  with_storage<T>(dtype, body);
+}
+
 // Row r, as elements of S.
 template <class S>
 const S* row_of(const Rows& rows, int64_t r) {
   return static_cast<const S*>(rows.data) + (rows.index ? rows.index[r] : r) * rows.stride;
 }
 
-inline float to_compute(bf16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float f;
-  __builtin_memcpy(&f, &bits, 4);
-  return f;
-}
+inline float to_compute(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 inline float to_compute(float x) { return x; }
 inline double to_compute(double x) { return x; }
 
 // A half has 5 bits of exponent: scaling by 2^112 moves its exponent into float's
 // range, subnormals included; infinities and NaN are what then still overflows.
 inline float to_compute(f16 x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
-  uint32_t bits = uint32_t(x.bits & 0x7fffu) << 13;
-  float magnitude;
-  __builtin_memcpy(&magnitude, &bits, 4);
-  magnitude *= 0x1p112f;
-  __builtin_memcpy(&bits, &magnitude, 4);
-  bits |= (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
-  bits |= sign;
-  __builtin_memcpy(&magnitude, &bits, 4);
-  return magnitude;
+  const uint32_t bits = x.bits, magnitude = (bits & 0x7fffu) << 13;
+  const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t special = (bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+  return bit_cast<float>(scaled | special | (bits & 0x8000u) << 16);
 }
 
 inline void from_compute(float& y, float x) { y = x; }
 inline void from_compute(double& y, double x) { y = x; }
 inline void from_compute(bf16& y, float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
+  const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   y.bits = uint16_t(x != x ? 0x7fc0u : rounded);
 }
 inline void from_compute(f16& y, float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  bits &= 0x7fffffffu;
+  const uint32_t sign = (bit_cast<uint32_t>(x) >> 16) & 0x8000u;
+  const uint32_t bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
   // Normal halves: round the 13 bits that go; a carry may make the next exponent.
   const uint32_t normal = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
   // Subnormal halves: adding 0.5 lets the float unit round at the half's last bit.
-  float magnitude;
-  __builtin_memcpy(&magnitude, &bits, 4);
-  const float shifted = magnitude + 0.5f;
-  uint32_t subnormal;
-  __builtin_memcpy(&subnormal, &shifted, 4);
-  subnormal -= 0x3f000000u;
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(bits) + 0.5f) - 0x3f000000u;
   uint32_t half = bits < 0x38800000u ? subnormal : normal;
   half = bits >= 0x477ff000u ? 0x7c00u : half;
   half = bits > 0x7f800000u ? 0x7e00u : half;
@@ -84,16 +74,16 @@ MOE_INLINE V<T> load_as(const S* p) {
   if constexpr (__is_same(S, T)) {
     return load(p);
 #if MOE_VECTOR_BYTES == 64
-  } else if constexpr (__is_same(S, bf16)) {
+  } else if constexpr (__is_same(T, float) && __is_same(S, bf16)) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return (V<T>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-  } else if constexpr (__is_same(S, f16)) {
+  } else if constexpr (__is_same(T, float) && __is_same(S, f16)) {
     return (V<T>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif MOE_VECTOR_BYTES == 32
-  } else if constexpr (__is_same(S, bf16)) {
+  } else if constexpr (__is_same(T, float) && __is_same(S, bf16)) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return (V<T>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-  } else if constexpr (__is_same(S, f16)) {
+  } else if constexpr (__is_same(T, float) && __is_same(S, f16)) {
     return (V<T>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #endif
   } else {

@@ -7,14 +7,10 @@
 
 namespace moe_ext::cpu {
 
-#define MOE_DECLARE(isa)                   \
-  extern const Kernels<float> isa##_float; \
-  extern const Kernels<double> isa##_double;
-MOE_DECLARE(baseline)
+extern const Table baseline_table;
 #if defined(__x86_64__)
-MOE_DECLARE(avx512)
-MOE_DECLARE(avx2)
-extern const Kernels<bf16> avx512_bf16;
+extern const Table avx2_table, avx512_table;
+extern const Kernels<bf16> avx512_bf16_products;
 #endif
 
 namespace {
@@ -86,29 +82,40 @@ Isa instruction_set() {
   return chosen;
 }
 
+namespace {
+
+const Table& table() {
 #if defined(__x86_64__)
-// avx512_bf16 is avx512 with other products of bf16.
-#define MOE_PICK(type)                             \
-  instruction_set() >= Isa::avx512 ? avx512_##type \
-  : instruction_set() == Isa::avx2 ? avx2_##type   \
-                                   : baseline_##type
-#else
-#define MOE_PICK(type) baseline_##type
+  // avx512_bf16 is avx512 with other products of bf16.
+  if (instruction_set() >= Isa::avx512) return avx512_table;
+  if (instruction_set() == Isa::avx2) return avx2_table;
 #endif
+  return baseline_table;
+}
+
+}  // namespace
 
 template <>
 const Kernels<float>& kernels<float>() {
-  return MOE_PICK(float);
+  return table().f32;
 }
 template <>
 const Kernels<double>& kernels<double>() {
-  return MOE_PICK(double);
+  return table().f64;
 }
 #if defined(__x86_64__)
 template <>
 const Kernels<bf16>& kernels<bf16>() {
-  return avx512_bf16;
+  return avx512_bf16_products;
 }
 #endif
+template <>
+const RowKernels<float>& row_kernels<float>() {
+  return table().rows_f32;
+}
+template <>
+const RowKernels<double>& row_kernels<double>() {
+  return table().rows_f64;
+}
 
 }  // namespace moe_ext::cpu

@@ -9,7 +9,7 @@ constexpr int64_t kRowsKept = 4 * KC_TN;
 // one is paired with zeros. Columns up to `whole` are zero.
 template <class L>
 void load_across(L* dst, int64_t ld, const Rows& src, int64_t rows, int64_t cols, int64_t whole) {
-  with_storage<Element<L>>(src.dtype, [&](auto stored) {
+  with_any_storage<Element<L>>(src.dtype, [&](auto stored) {
     using S = decltype(stored);
     const auto row = [&](int64_t r) { return row_of<S>(src, r); };
     for (int64_t i = 0; i < lanes_of<L>(rows); ++i) {
@@ -56,11 +56,14 @@ int64_t outer_scratch(int64_t m) {
 template <class P, class T = Sum<P>>
 void outer(const OuterProduct& product, Scratch scratch) {
   using L = Lane<P>;
-  const auto& [out, past_caches, p, q, height, n, rows] = product;
+  const auto& [out, past_caches, p, q, height, n, rows, even_chunks] = product;
   constexpr int64_t width = OuterPieces<P>::width;
   const int64_t ld_left = padded<L>(height);
   const auto [panel, left, sums] = OuterPieces<P>(scratch, height);
   const int64_t chunks = (rows + KC_TN - 1) / KC_TN;
+  const auto cut = [&, rows = rows, even = even_chunks](int64_t chunk) {
+    return even ? rows * chunk / chunks : std::min(rows, chunk * KC_TN);
+  };
   const bool keeps_left = rows <= kRowsKept;
 
   for (int64_t n0 = 0; n0 < n; n0 += width) {
@@ -76,7 +79,7 @@ void outer(const OuterProduct& product, Scratch scratch) {
                                              0;
     if (rows == 0) std::fill(sums, sums + height * width, T(0));
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t r0 = rows * chunk / chunks, r1 = rows * (chunk + 1) / chunks;
+      const int64_t r0 = cut(chunk), r1 = cut(chunk + 1);
       const int64_t depth = lanes_of<L>(r1 - r0);
       load_across(panel, width, right.from_row(r0), r1 - r0, count, width);
       L* columns = keeps_left ? left + r0 * ld_left : left;

@@ -1,10 +1,12 @@
 // The arithmetic of the ops on a CPU, without torch: what csrc/cpu's ops call.
 //
-// Products of the experts take operands of type P from blocks that fit into a core's cache and
-// add them up in Sum<P>. P is double for float64 tensors; bf16 for bfloat16 where the instruction
-// set multiplies it as it is; float for all else. One source (what all.inl lists) is compiled
-// once for each instruction set (avx512_bf16.cpp, avx512.cpp, avx2.cpp, baseline.cpp), and
-// `kernels<P>()` picks the best at run time.
+// One source (what all.inl lists) is compiled once for each instruction set (avx512_bf16.cpp,
+// avx512.cpp, avx2.cpp, baseline.cpp) into one table, and dispatch.cpp picks the best at run time:
+// `kernels<P>()` are the products of matrices, `row_kernels<A>()` all that goes row by row.
+//
+// Products take operands of type P from blocks that fit into a core's cache and add them up in
+// Sum<P>. P is double for float64 tensors; bf16 for bfloat16 where the instruction set multiplies
+// it as it is; float for all else.
 //
 // Every sum has a fixed order that does not depend on the number of threads.
 
@@ -15,6 +17,7 @@
 #include <vector>
 
 #include "../../activation.h"
+#include "../../routing.h"
 #include "layouts.h"
 
 namespace moe_ext::cpu {
@@ -56,12 +59,37 @@ struct OuterProduct {
   bool past_caches;
   Rows p, q;
   int64_t m, n, rows;
+  bool even_chunks = true;  // the rows are added up in nearly equal chunks of at most KC_TN
+};
+
+// A block of tokens on its way through topk_route. In a replay `experts` is read, otherwise it is
+// written.
+template <class A>
+struct Routing {
+  const RouteOptions& options;
+  Rows logits;
+  const A* bias;        // for the choice; may be null
+  const bool* padding;  // may be null
+  A* weights;
+  int32_t* experts;
+  A* score_sums;  // of this block
+  A* logsumexp;
+};
+
+// The gradients of topk_route's results, any of which may be null, to those of a block's logits.
+template <class A>
+struct RoutingBackward {
+  const RouteOptions& options;
+  Rows logits;
+  const bool* padding;
+  const int32_t* experts;
+  const A *weights, *score_sums, *logsumexp;
+  RowsOut dlogits;
 };
 
 template <class P>
 struct Kernels {
   using S = Sum<P>;
-  const char* name;
 
   // ---- the forward pass: blocks of one expert's rows
 
@@ -102,22 +130,54 @@ struct Kernels {
   // From da = dL/d(activation) before the routing weight, of columns i0..i0 + da.cols;
   // da.cols <= kActivateColumns.
   void (*activate_backward)(const ActivationBackward<P>& to, const Matrix<S>& da, int64_t i0);
+};
+
+// What goes row by row, added up in A: float, or double for float64. Rows may be of any dtype where
+// that is double.
+template <class A>
+struct RowKernels {
+  // A block of logits = x W^T + bias (null: none); `scratch` holds logits_scratch(logits.rows,
+  // hidden) bytes.
+  void (*router_logits)(const Matrix<A>& logits, const Rows& x, const Rows& weight, int64_t hidden,
+                        const A* bias, Scratch scratch);
+  int64_t (*logits_scratch)(int64_t tokens, int64_t hidden);
+
+  void (*route)(const Routing<A>& to, int64_t tokens);
+  void (*route_backward)(const RoutingBackward<A>& from, int64_t tokens);
 
   // out's one row = sum over j of weight[j] * row j of `rows`, in the order of j; an index below 0
   // adds nothing; no weight is weight 1.
-  void (*combine)(const RowsOut& out, const Rows& rows, const S* weight, int64_t top_k,
+  void (*combine)(const RowsOut& out, const Rows& rows, const A* weight, int64_t top_k,
                   int64_t cols);
+  // Of one row: drow = weight * dy and dweight = <dy, row>; drow.data and dweight may be null.
+  void (*combine_backward)(const RowsOut& drow, A* dweight, const Rows& dy, const Rows& row,
+                           A weight, int64_t cols);
+
+  // Of one token's scores, and its largest logit.
+  void (*entropy)(const Rows& logits, int64_t num_experts, bool is_sigmoid, A* result,
+                  A* max_logit);
 
   // out's one row = sum over r of weight[r] * src(r, c).
-  void (*sum_rows)(const RowsOut& out, const Rows& src, const S* weight, int64_t rows,
+  void (*sum_rows)(const RowsOut& out, const Rows& src, const A* weight, int64_t rows,
                    int64_t cols);
-
+  // out[c] = sum over r of a(r, c), in float64.
+  void (*sum_columns)(A* out, const Matrix<const A>& a);
   // The inner product of the rows that left.data and right.data point to.
-  S (*dot)(const Rows& left, const Rows& right, int64_t cols);
+  A (*dot)(const Rows& left, const Rows& right, int64_t cols);
+};
+
+// All that one instruction set has.
+struct Table {
+  Kernels<float> f32;
+  Kernels<double> f64;
+  RowKernels<float> rows_f32;
+  RowKernels<double> rows_f64;
 };
 
 template <class P>
 const Kernels<P>& kernels();
+template <class A>
+const RowKernels<A>& row_kernels();
 
 enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 // What kernels() are of. Throws where MOE_EXT_CPU names none of this processor's.

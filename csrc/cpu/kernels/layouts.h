@@ -49,6 +49,7 @@ struct Rows {
   Rows from_column(int64_t c) const {
     return {static_cast<const char*>(data) + c * size_of(dtype), dtype, stride, index};
   }
+  Rows with_index(const int32_t* rows) const { return {data, dtype, stride, rows}; }
 };
 
 // Rows to write, rounded to nearest even: row r starts at data + r * stride elements.

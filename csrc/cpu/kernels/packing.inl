@@ -74,7 +74,7 @@ void load_rows(const Matrix<P>& to, const Rows& from) {
 
 template <class T>
 void store_rows(const RowsOut& to, const Matrix<T>& from) {
-  with_storage<T>(to.dtype, [&](auto stored) {
+  with_any_storage<T>(to.dtype, [&](auto stored) {
     using S = decltype(stored);
     for (int64_t r = 0; r < from.rows; ++r)
       convert_out(static_cast<S*>(to.data) + r * to.stride, from.data + r * from.ld, from.cols);

@@ -4,6 +4,13 @@ using std::int64_t;
 
 #define MOE_INLINE inline __attribute__((always_inline))
 
+template <class To, class From>
+MOE_INLINE To bit_cast(From from) {
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
 // A vector that several operations use, loaded once: compilers otherwise fold the load
 // into each of them, and the load ports become the limit.
 #if defined(__x86_64__)

@@ -1,23 +1,4 @@
-// Sums over a token's or an expert's rows, and along rows.
-
-// Blocks of 256 columns: the sum of a block stays in the first-level cache.
-constexpr int64_t kSumBlock = 256;
-
-template <class T>
-void combine(const RowsOut& out, const Rows& rows, const T* weight, int64_t top_k, int64_t cols) {
-  T sum[kSumBlock];
-  for (int64_t c0 = 0; c0 < cols; c0 += kSumBlock) {
-    const int64_t count = std::min(kSumBlock, cols - c0);
-    std::fill(sum, sum + count, T(0));
-    for (int64_t j = 0; j < top_k; ++j) {
-      if (rows.index[j] < 0) continue;
-      const T* row = row_of<T>(rows, j) + c0;
-      const T scale = weight ? weight[j] : T(1);
-      for (int64_t c = 0; c < count; ++c) sum[c] += scale * row[c];
-    }
-    store_rows<T>(out.from_column(c0), {sum, 1, count, 0});
-  }
-}
+// Sums over an expert's rows, over all rows of a matrix, and along rows.
 
 template <class T>
 void sum_rows(const RowsOut& out, const Rows& src, const T* weight, int64_t rows, int64_t cols) {
@@ -56,4 +37,13 @@ T dot(const Rows& left, const Rows& right, int64_t cols) {
     total += part;
   }
   return total;
+}
+
+// Each column of a, added up in float64.
+template <class A>
+void sum_columns(A* out, const Matrix<const A>& a) {
+  std::vector<double> sum(a.cols, 0.0);
+  for (int64_t r = 0; r < a.rows; ++r)
+    for (int64_t c = 0; c < a.cols; ++c) sum[c] += a.data[r * a.ld + c];
+  for (int64_t c = 0; c < a.cols; ++c) out[c] = static_cast<A>(sum[c]);
 }

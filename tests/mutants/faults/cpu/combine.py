@@ -4,34 +4,36 @@ from mutants.fault import collection
 
 FAULTS, faults = collection()
 
-fault = faults("csrc/cpu/weighted_combine.cpp", "tests/test_weighted_combine.py")
+fault = faults("csrc/cpu/kernels/weighted_combine.inl", "tests/test_weighted_combine.py")
 fault(
-    "a block of the hidden size is summed twice at its seam",
-    "for (int64_t i = 0; i < n; ++i) y[begin + i] = narrow<T>(sum[i]);",
-    "for (int64_t i = 0; i < n - (begin > 0); ++i) y[begin + i] = narrow<T>(sum[i]);",
+    "a block of the hidden size leaves out its last element",
+    "store_rows<A>(out.from_column(c0), {sum, 1, count, 0});",
+    "store_rows<A>(out.from_column(c0), {sum, 1, count - (c0 > 0), 0});",
 )
 fault(
     "the weight is left out of the sum",
-    "const A w = weight[j];",
-    "const A w = 1;",
+    "weight ? weight[j] : A(1)",
+    "A(1)",
 )
 fault(
     "backward: the rows' gradient without the weight",
-    "drow[i] = narrow<T>(weight * static_cast<A>(widen(dy[i])));",
-    "drow[i] = narrow<T>(static_cast<A>(widen(dy[i])));",
+    "from_compute(drow[c], weight * A(to_compute(dy[c])));",
+    "from_compute(drow[c], A(to_compute(dy[c])));",
 )
 fault(
     "backward: the weights' gradient keeps its last block alone",
-    "        total += sum;",
-    "        total = sum;",
+    "    total += sum;",
+    "    total = sum;",
 )
+
+fault = faults("csrc/cpu/weighted_combine.cpp", "tests/test_weighted_combine.py")
 fault(
     "backward: every token's gradient is the first choice's token",
-    "dy_data + assignment / top_k * hidden",
-    "dy_data + assignment % top_k * hidden",
+    "upstream.from_row(assignment / top_k)",
+    "upstream.from_row(assignment % top_k)",
 )
 fault(
     "backward: the tail of the rows' gradient is not cleared",
-    "if (drow) std::fill_n(drow, hidden, T(0));",
-    "if (drow) std::fill_n(drow, hidden, T(1));",
+    "std::memset(drow.data, 0, row_bytes)",
+    "std::memset(drow.data, 1, row_bytes)",
 )

@@ -69,17 +69,24 @@ fault(
     "",
 )
 fault(
+    "backward: every token sums the first one's rows",
+    "rows.with_index(row + t * top_k)",
+    "rows.with_index(row)",
+)
+
+fault = faults("csrc/cpu/kernels/weighted_combine.inl", "tests/test_gather_rows.py")
+fault(
     "backward: a dropped assignment takes the first row's gradient",
-    "if (row[j] < 0) continue;\n        const T* mine = rows + row[j] * hidden + begin;",
-    "const T* mine = rows + (row[j] < 0 ? 0 : row[j]) * hidden + begin;",
+    "if (rows.index[j] < 0) continue;\n      const T* row = row_of<T>(rows, j) + c0;",
+    "const T* row = row_of<T>(rows, rows.index[j] < 0 ? 0 : j) + c0;",
 )
 fault(
     "backward: the sum is rounded after every row",
-    "sum[i] += static_cast<A>(widen(mine[i]));",
-    "sum[i] = static_cast<A>(widen(narrow<T>(sum[i] + static_cast<A>(widen(mine[i])))));",
+    "sum[c] += scale * A(to_compute(row[c]));",
+    "{ T y; from_compute(y, sum[c] + scale * A(to_compute(row[c]))); sum[c] = to_compute(y); }",
 )
 fault(
     "backward: every block of the hidden size sums the first one",
-    "rows + row[j] * hidden + begin;",
-    "rows + row[j] * hidden;",
+    "row_of<T>(rows, j) + c0;",
+    "row_of<T>(rows, j);",
 )

@@ -146,7 +146,7 @@ fault("what is frozen costs FLOPs", " + up * wants_x + up * wants_up", " + 2 * u
 
 # ---- edges -----------------------------------------------------------------------------------
 
-fault = faults("csrc/cpu/topk_route.cpp", "tests/test_edges.py")
+fault = faults("csrc/cpu/kernels/topk_route.inl", "tests/test_edges.py")
 fault(
     "softmax_topk chooses among scores that underflow",
     "(o.by_logits ? row.logits : row.scores)",

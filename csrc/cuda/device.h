@@ -87,7 +87,7 @@ inline std::string other_gpu(const cudaDeviceProp& device) {
 
 #endif
 
-// A tensor's dtype in the kernels' words; the op's checks have let nothing else through.
+// A tensor's dtype as the kernels name it; the op's checks let nothing else through.
 inline cuda::Dtype dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kDouble:

@@ -31,7 +31,7 @@ KINDS = ("fast", "checked")
 COMMON = "-std=c++17 -g1 -fPIC -march=x86-64-v3 -fno-strict-aliasing -DMOE_EXT_EMULATOR"
 # -fno-gnu-unique: else two libraries in one process would share a template's statics.
 # No tail calls, no merging of equal ends: a report names the line that called.
-# -ftrivial-auto-var-init: what a kernel never wrote is garbage, not luck.
+# -ftrivial-auto-var-init: what a kernel never wrote is garbage, never by luck a zero.
 KERNEL = (
     "-x c++ -O2 -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function -Wno-psabi"
     " -fno-optimize-sibling-calls -fno-tree-tail-merge -fno-crossjumping"
@@ -53,7 +53,7 @@ def cuda_includes():
         Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ
     ]
     nvcc = shutil.which("nvcc")
-    if nvcc:  # perhaps a wrapper: its own word counts, not its place
+    if nvcc:  # perhaps a wrapper: what it says counts, not where it is
         said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
         candidates += [Path(top.strip()) for top in re.findall(r"^#\$ TOP=(.*)$", said, re.M)]
         candidates.append(Path(nvcc).resolve().parents[1])
@@ -188,7 +188,7 @@ def write_ninja(kind):
 
 
 def build(kind="fast"):
-    """Brings the libraries up to date; exits with the compiler's words where that fails."""
+    """Brings the libraries up to date; exits with the compiler's output where that fails."""
     file = write_ninja(kind)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     done = subprocess.run(

@@ -1,7 +1,7 @@
 // CUDA C++ as a host compiler sees it: the qualifiers, the built-in variables and the
 // intrinsics that kernels use. Types such as float4 and __nv_bfloat16 are CUDA's own
 // headers', which a host compiler takes as they are; what those leave to nvcc is here. An
-// intrinsic that is missing is added here, in the words of CUDA's manual.
+// intrinsic that is missing is added here, as CUDA's manual describes it.
 #pragma once
 
 #include <cuda_bf16.h>

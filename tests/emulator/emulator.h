@@ -1,4 +1,4 @@
-// The emulator's face: what device code (through device_code.h and ptx.cuh), the ops
+// The emulator's interface: what device code (through device_code.h and ptx.cuh), the ops
 // (through csrc/cuda/device.h) and the tests (through the C functions at the end) may
 // call. docs/emulator.md tells how it works.
 #pragma once
@@ -118,8 +118,7 @@ void st_release(uint32_t* flag, uint32_t value);
 [[noreturn]] void trap();
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// ---- launch
-// ----------------------------------------------------------------------------------------
+// ---- launch ------------------------------------------------------------------------------------
 
 using Entry = void (*)(void* arguments);
 

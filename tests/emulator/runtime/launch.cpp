@@ -179,8 +179,7 @@ static void run_blocks(Launch& launch) {
   }
 }
 
-// ---- faults
-// -----------------------------------------------------------------------------------------
+// ---- faults ------------------------------------------------------------------------------------
 
 // A page that cannot be touched was touched. The handler leaves by switching stacks.
 static void on_fault(int signal_number, siginfo_t* info, void* context) {
@@ -230,8 +229,7 @@ class FaultHandler {
 };
 }  // namespace
 
-// ---- launch
-// -----------------------------------------------------------------------------------------
+// ---- launch ------------------------------------------------------------------------------------
 
 static Delivery delivery_of(const Settings& settings) {
   if (settings.delivery != kBySeed) return settings.delivery;

@@ -22,7 +22,7 @@ static std::string output_of(const std::string& command) {
   return text;
 }
 
-// "kernel [file.cu:12] <- caller [..]", asked of addr2line.
+// "kernel [file.cu:12] <- caller [..]", as addr2line says.
 static std::string look_up(void* call_site) {
   Dl_info library{};
   if (!dladdr(call_site, &library) || !library.dli_fname) return "(unknown)";

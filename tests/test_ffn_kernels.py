@@ -151,7 +151,7 @@ class TestTensorCores(Kernels):
     @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
     @pytest.mark.parametrize("transposed", (False, True))
     def test_what_is_beside_an_operand_is_not_read(self, tf32, dtype, transposed):
-        """NaN past the columns of x, of the weights, and in the rows of nobody."""
+        """NaN past the columns of x, of the weights, and in rows without an owner."""
         plan = draw_plan(40, 4, 2, "sentinels")
         inputs = self.inputs(40, 40, 48, 4, 2, dtype, transposed=transposed)
         for name in ("x", "up_proj", "down_proj"):

@@ -1,4 +1,4 @@
-"""stats(): what is counted, when, and that nobody else touches it; loss-free balancing."""
+"""stats(): what is counted, when, and that nothing else touches it; loss-free balancing."""
 
 import json
 import pickle

@@ -375,7 +375,7 @@ def test_a_row_past_the_last_counts_as_dropped():
         bind(functional, plan._replace(assignment_row=torch.where(rows == 3, past, rows))), inputs,
         cotangents=cotangents,
     )  # fmt: skip
-    used = torch.arange(past) != 3  # nobody writes the gradient of a row that nobody takes
+    used = torch.arange(past) != 3  # no gradient is written of a row that no token takes
     for results in (actual, expected):
         results["d_rows"] = results["d_rows"][used]
     assert bits_equal(actual, expected)

@@ -158,7 +158,7 @@ def assert_as_eager(experts, inputs):
 
 
 def doubled(self, gate_up):
-    """A gate that nobody knows."""
+    """A gate that is not known."""
     gate, up = gate_up.chunk(2, dim=-1)
     return 2 * torch.sigmoid(gate) * up
 
@@ -397,7 +397,7 @@ def test_a_float32_gate_is_called_in_float64(taken):
 
 
 def test_a_hooked_activation_is_called(taken):
-    """Whoever watches the activation, or changes it, sees it."""
+    """What watches the activation, or changes it, sees it."""
     experts = make()
     experts.act_fn.register_forward_hook(lambda module, args, output: 2 * output)
     assert_as_eager(experts, draw(experts))

@@ -92,7 +92,7 @@ def run(copy, *command, limited=True):
         "OMP_NUM_THREADS": "1",
         "MAX_JOBS": "1",
     }
-    if limited:  # -S: with SIGXCPU, which nobody else sends
+    if limited:  # -S: with SIGXCPU, which nothing else sends
         command = ("sh", "-c", f'ulimit -S -t {PROCESSOR_LIMIT}; exec "$@"', "sh", *command)
     try:
         done = subprocess.run(
@@ -135,7 +135,7 @@ def plant(copy, kernels, fault):
     if code == 0:
         return "SURVIVED", output
     # 1: a test failed; a signal: it crashed, or computed for too long. All else proves nothing:
-    # pytest never ran a test, somebody killed it, or the machine stood still.
+    # pytest never ran a test, it was killed, or the machine stood still.
     crashed = code is not None and code < 0 and code != -signal.SIGKILL
     return ("caught" if code == 1 or crashed else "BROKEN"), output
 

@@ -9,10 +9,11 @@
 Models with `MoE` layers (`moe_ext.replace_ffn`) save and load once this is imported: saving.py.
 An upcycled Llama becomes a Mixtral checkpoint: `export_mixtral(model, folder)`.
 Blocks outside of its registry (Switch, NLLB-MoE, DBRX, JetMoe, Llama 4, ...): `replace(model)`.
-In training: `RoutingHealth`, or `RoutingCallback` in a Trainer; one that resumes restores experts
-that transformers' own leaves at random: resuming.py.
+In training: `RoutingHealth`, or `RoutingCallback` in a Trainer. A Trainer that resumes restores the
+experts too, which transformers itself leaves at random values: resuming.py.
 
-Proven with transformers 5.17.0 to 5.24.0, every MoE model of them: tests/integrations/results/conformance.md.
+Tested with transformers 5.17.0 to 5.24.0 and every MoE model in them: the results are in
+tests/integrations/results/conformance.md.
 Importing this package imports transformers; importing moe_ext does not.
 """
 

@@ -21,7 +21,7 @@ import hypothesis
 import pytest
 import torch
 
-pytest.register_assert_rewrite("oracle", "ffn_suite", "ffn_operator")
+pytest.register_assert_rewrite("support")
 
 sys.path.insert(0, os.path.dirname(__file__))  # the emulator's and the helpers' modules
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from ffn_suite import needs_ops
 from moe_ext import reference
 from moe_ext.stats import ASSIGNMENTS, DROPPED, ENTROPY, FORWARDS, LOST_TOKENS, MAX_LOGIT, TOKENS
-from oracle import DTYPES, bits_equal, several_runs, strided
+from support.ffn_suite import needs_ops
+from support.oracle import DTYPES, bits_equal, several_runs, strided
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "softmax_topk")
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffn_suite import ON_GPU, needs_ops, needs_values
 from moe_ext import functional, reference
 from moe_ext.types import Plan
-from oracle import DTYPES, ROUTINGS, bits_equal, draw_experts, several_runs, strided
+from support.ffn_suite import ON_GPU, needs_ops, needs_values
+from support.oracle import DTYPES, ROUTINGS, bits_equal, draw_experts, several_runs, strided
 
 POLICIES = ("choice", "token", "probs")
 

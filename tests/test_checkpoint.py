@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 import moe_ext
-from layer_suite import H, make
-from oracle import HAS_OPS, bits_equal, unit
+from support.layer_suite import H, make
+from support.oracle import HAS_OPS, bits_equal, unit
 
 KINDS = {
     "reentrant": dict(use_reentrant=True),

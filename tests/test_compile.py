@@ -9,8 +9,8 @@ import torch._dynamo
 from torch.utils.checkpoint import checkpoint
 
 import moe_ext
-from layer_suite import E, H, assert_close, make
-from oracle import DEVICE, HAS_OPS, bits_equal, unit
+from support.layer_suite import E, H, assert_close, make
+from support.oracle import DEVICE, HAS_OPS, bits_equal, unit
 
 pytestmark = pytest.mark.skipif(not HAS_OPS, reason="the reference reads from the device")
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import moe_ext
-from layer_suite import H, I, make
 from moe_ext import (
     Activation,
     CapacityConfig,
@@ -22,7 +21,8 @@ from moe_ext import (
 )
 from moe_ext.config import GROUPS, PLACES
 from moe_ext.presets import PRESETS
-from oracle import bits_equal, unit
+from support.layer_suite import H, I, make
+from support.oracle import bits_equal, unit
 
 NESTED = MoEConfig(
     hidden_size=H,

@@ -8,9 +8,9 @@ import gc
 import pytest
 import torch
 
-from layer_suite import make
 from moe_ext import _load, functional, reference
-from oracle import assert_within_bound, bits_equal, draw_experts, unit
+from support.layer_suite import make
+from support.oracle import assert_within_bound, bits_equal, draw_experts, unit
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and _load.BUILD_INFO and _load.BUILD_INFO["cuda"]),

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import moe_ext
-from layer_suite import E, H, I, make
 from moe_ext import functional
 from moe_ext._load import BACKEND
-from oracle import unit
+from support.layer_suite import E, H, I, make
+from support.oracle import unit
 
 ROOT = Path(__file__).parents[1]
 PAGES = {p.name: p.read_text() for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}

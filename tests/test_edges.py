@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from layer_suite import E, H, I, assert_close, assert_step_matches, make
 from moe_ext import MoE, functional, reference
-from oracle import HAS_OPS, bits_equal, unit
+from support.layer_suite import E, H, I, assert_close, assert_step_matches, make
+from support.oracle import HAS_OPS, bits_equal, unit
 
 # ---- shapes --------------------------------------------------------------------------
 

@@ -8,10 +8,10 @@ multiple of a tile. `ffn_suite` has what is true of every kernel.
 import pytest
 import torch
 
-from ffn_suite import LAYOUTS, FFNStage
 from moe_ext import functional, reference
 from moe_ext._load import BACKEND
-from oracle import Draws, bits_equal, draw_plan, evaluate, shifted
+from support.ffn_suite import LAYOUTS, FFNStage
+from support.oracle import Draws, bits_equal, draw_plan, evaluate, shifted
 
 pytestmark = pytest.mark.skipif(BACKEND not in ("cuda", "emulated"), reason="kernels of a GPU")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from layer_suite import E, H, I, K, make
 from moe_ext import functional
-from oracle import HAS_OPS, draw_ffn, unit
+from support.layer_suite import E, H, I, K, make
+from support.oracle import HAS_OPS, draw_ffn, unit
 
 pytestmark = pytest.mark.skipif(not HAS_OPS, reason="the reference is made of torch's own ops")
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffn_suite import needs_ops, needs_values
 from moe_ext import functional, reference
-from oracle import (
+from support.ffn_suite import needs_ops, needs_values
+from support.oracle import (
     DTYPES,
     ROUTINGS,
     assert_matches,

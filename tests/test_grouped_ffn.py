@@ -1,7 +1,7 @@
 """grouped_ffn: every expert's rows through its feed-forward network."""
 
-from ffn_operator import FFNOperator
-from ffn_suite import FFNNumbers
+from support.ffn_operator import FFNOperator
+from support.ffn_suite import FFNNumbers
 
 
 class TestNumbers(FFNNumbers):

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 import moe_ext
-from oracle import unit
-from ranks import over_ranks
+from support.oracle import unit
+from support.ranks import over_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 

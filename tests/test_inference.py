@@ -9,10 +9,10 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffn_operator import Recorder
-from layer_suite import H, make, statistics, through_modules
 from moe_ext.routing import Router
-from oracle import HAS_OPS, bits_equal, unit
+from support.ffn_operator import Recorder
+from support.layer_suite import H, make, statistics, through_modules
+from support.oracle import HAS_OPS, bits_equal, unit
 
 pytestmark = pytest.mark.skipif(not HAS_OPS, reason="the reference registers no ops")
 

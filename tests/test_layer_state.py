@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import moe_ext
-from layer_suite import E, H, I, K, assert_close, make
 from moe_ext import MoE
-from oracle import DEVICE, bits_equal, relative_error, unit
+from support.layer_suite import E, H, I, K, assert_close, make
+from support.oracle import DEVICE, bits_equal, relative_error, unit
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import moe_ext
-from layer_suite import E, H, K, assert_close, make
 from moe_ext import losses
-from oracle import DEVICE, bits_equal, unit
+from support.layer_suite import E, H, K, assert_close, make
+from support.oracle import DEVICE, bits_equal, unit
 
 COEFFICIENTS = dict(aux_loss_coef=0.3, z_loss_coef=0.02)
 

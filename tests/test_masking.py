@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import moe_ext
-from layer_suite import H, make
-from oracle import bits_equal, unit
+from support.layer_suite import H, make
+from support.oracle import bits_equal, unit
 
 MASK = torch.tensor([False, True, True])
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_ext
-from layer_suite import E, H, K, assert_close, assert_step_matches, make, options, run, step
 from moe_ext import MoE, reference
-from naive_layer import capacity
-from oracle import (
+from support.layer_suite import E, H, K, assert_close, assert_step_matches, make, options, run, step
+from support.naive_layer import capacity
+from support.oracle import (
     DEVICE,
     DTYPES,
     HAS_OPS,

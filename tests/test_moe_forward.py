@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ffn_operator import FFNOperator
-from ffn_suite import FFNNumbers
 from moe_ext import functional, reference
-from oracle import (
+from support.ffn_operator import FFNOperator
+from support.ffn_suite import FFNNumbers
+from support.oracle import (
     DTYPES,
     assert_within_bound,
     draw_plan,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import moe_ext
-from layer_suite import E, H, make, options, statistics, through_modules
-from oracle import DTYPES, HAS_OPS, bits_equal, several_runs, unit
+from support.layer_suite import E, H, make, options, statistics, through_modules
+from support.oracle import DTYPES, HAS_OPS, bits_equal, several_runs, unit
 
 pytestmark = pytest.mark.skipif(not HAS_OPS, reason="the reference registers no ops")
 

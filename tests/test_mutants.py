@@ -24,7 +24,7 @@ def test_fault_fits(fault):
         path, *names = test.split("::")
         text = (ROOT / path).read_text()
         # A method may stand in a class that the file's own one extends.
-        shared = "".join(p.read_text() for p in (ROOT / "tests").glob("ffn_*.py"))
+        shared = "".join(p.read_text() for p in (ROOT / "tests" / "support").glob("ffn_*.py"))
         assert all(name.partition("[")[0] in text + shared for name in names), test
 
 

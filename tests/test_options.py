@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import moe_ext
-from layer_suite import E, H, assert_step_matches, make
 from moe_ext import MoE
 from moe_ext.config import PLACES
 from moe_ext.options import FIXED
-from oracle import bits_equal, unit
+from support.layer_suite import E, H, assert_step_matches, make
+from support.oracle import bits_equal, unit
 
 CHANGES = [
     dict(top_k=1),

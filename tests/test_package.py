@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import moe_ext
-from ffn_suite import needs_ops
 from moe_ext import __main__, _load, functional, testing
+from support.ffn_suite import needs_ops
 
 ROOT = Path(moe_ext.__file__).resolve().parent.parent
 needs_library = pytest.mark.skipif(

@@ -10,8 +10,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import moe_ext
-from layer_suite import E, H, assert_close, make
-from oracle import bits_equal, relative_error, unit
+from support.layer_suite import E, H, assert_close, make
+from support.oracle import bits_equal, relative_error, unit
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 

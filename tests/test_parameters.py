@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import moe_ext
-from layer_suite import E, H, I, make
-from oracle import unit
+from support.layer_suite import E, H, I, make
+from support.oracle import unit
 
 OPTIONS = dict(
     bias=True, gate_bias=True, shared_expert_intermediate_size=8, shared_expert_gate=True

@@ -4,10 +4,10 @@ of a tensor; MOE_EXT_CHECK=1 names them. The CPU refuses them, always."""
 import pytest
 import torch
 
-from ffn_suite import FFNStage
 from moe_ext import functional
 from moe_ext._load import BACKEND
-from oracle import bits_equal, draw_plan, evaluate, unit
+from support.ffn_suite import FFNStage
+from support.oracle import bits_equal, draw_plan, evaluate, unit
 
 pytestmark = pytest.mark.skipif(BACKEND not in ("cuda", "emulated"), reason="kernels of a GPU")
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from moe_ext import MoE
 from moe_ext.presets import PRESETS
-from oracle import bits_equal, relative_error, unit
+from support.oracle import bits_equal, relative_error, unit
 
 H, I, E, K = 32, 24, 8, 3
 SIZES = dict(hidden_size=H, intermediate_size=I)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from moe_ext import Activation, reference
-from oracle import (
+from support.oracle import (
     ACTIVATIONS,
     ROUTINGS,
     assert_within_bound,

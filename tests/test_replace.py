@@ -10,7 +10,7 @@ from torch import nn
 
 import moe_ext
 from moe_ext import MoE
-from oracle import ACTIVATIONS, bits_equal, relative_error, unit
+from support.oracle import ACTIVATIONS, bits_equal, relative_error, unit
 
 PHI = {
     "silu": F.silu,

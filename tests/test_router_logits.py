@@ -7,9 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffn_suite import needs_ops
 from moe_ext import functional, reference
-from oracle import DTYPES, assert_matches, assert_same_bits, bits_equal, evaluate, strided, unit
+from support.ffn_suite import needs_ops
+from support.oracle import (
+    DTYPES,
+    assert_matches,
+    assert_same_bits,
+    bits_equal,
+    evaluate,
+    strided,
+    unit,
+)
 
 
 def draw(tokens, hidden, num_experts, dtype=torch.float32, weight_dtype=None, bias=True):

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moe_ext
-from layer_suite import E, H, assert_close, make
-from naive_layer import naive_layer
-from oracle import bits_equal, unit
+from support.layer_suite import E, H, assert_close, make
+from support.naive_layer import naive_layer
+from support.oracle import bits_equal, unit
 
 
 @given(

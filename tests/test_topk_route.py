@@ -12,11 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffn_suite import needs_ops
 from moe_ext import functional, reference
 from moe_ext.testing import relative_error
 from moe_ext.types import RouterOutput
-from oracle import DTYPES, assert_matches, assert_same_bits, bits_equal, evaluate, strided, unit
+from support.ffn_suite import needs_ops
+from support.oracle import (
+    DTYPES,
+    assert_matches,
+    assert_same_bits,
+    bits_equal,
+    evaluate,
+    strided,
+    unit,
+)
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "softmax_topk")
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import moe_ext
-from layer_suite import E, H, K, make
 from moe_ext import MoE
-from oracle import bits_equal, relative_error, unit
+from support.layer_suite import E, H, K, make
+from support.oracle import bits_equal, relative_error, unit
 
 OPTIONS = dict(bias_update_rate=1e-3, shared_expert_intermediate_size=8, shared_expert_gate=True)
 

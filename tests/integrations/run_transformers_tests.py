@@ -72,8 +72,8 @@ MODEL_TEST = """
 import sys
 import unittest
 
-sys.path[:0] = [{tests!r}, {here!r}]
-import tiny_models
+sys.path.insert(0, {tests!r})
+from support import tiny_models
 import torch
 from tests.test_modeling_common import ModelTesterMixin
 
@@ -138,7 +138,6 @@ def prepare():
             options=dict(initializer_range=0.02) | options,
             model=name.split(".")[1].removesuffix("Experts"),
             tests=str(HERE.parent),
-            here=str(HERE),
         )
         (tests / f"test_{name.split('.')[0]}.py").write_text(text)
 

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 
-from oracle import bits_equal, relative_error, unit
+from support.oracle import bits_equal, relative_error, unit
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")

@@ -15,18 +15,17 @@ if __name__ == "__main__":
 
 pytest.importorskip("transformers")
 
-import paths  # noqa: E402
-import tiny_models  # noqa: E402
 import transformers  # noqa: E402
 from transformers.activations import SiLUActivation  # noqa: E402
 
 from moe_ext._load import BACKEND  # noqa: E402
 from moe_ext.integrations.transformers import register  # noqa: E402
+from support import paths, tiny_models  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     BACKEND == "emulated", reason="minutes, for kernels that have emulated tests of their own"
 )
-from oracle import relative_error  # noqa: E402
+from support.oracle import relative_error  # noqa: E402
 
 # Gates that the kernels do not know, by the dtypes in which that is so.
 CALLED = {

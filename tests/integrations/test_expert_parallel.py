@@ -11,8 +11,8 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from moe_ext.integrations.transformers import RoutingHealth, register  # noqa: E402
-from oracle import HAS_OPS, relative_error  # noqa: E402
-from ranks import over_ranks  # noqa: E402
+from support.oracle import HAS_OPS, relative_error  # noqa: E402
+from support.ranks import over_ranks  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not HAS_OPS, reason="the reference needs no second proof"),

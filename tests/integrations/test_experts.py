@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oracle import (
+from support.oracle import (
     DTYPES,
     ROUTINGS,
     assert_matches,
@@ -26,7 +26,6 @@ from oracle import (
 
 pytest.importorskip("transformers")
 
-import paths  # noqa: E402
 import transformers  # noqa: E402
 from transformers import MixtralConfig, MixtralForCausalLM  # noqa: E402
 from transformers.activations import ACT2FN  # noqa: E402
@@ -38,6 +37,7 @@ from transformers.integrations.moe import (  # noqa: E402
 from moe_ext.integrations.transformers import experts as experts_module  # noqa: E402
 from moe_ext.integrations.transformers import register  # noqa: E402
 from moe_ext.integrations.transformers._version import check_transformers  # noqa: E402
+from support import paths  # noqa: E402
 
 T, H, I, E, K = 23, 20, 12, 5, 3
 

@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 
 import moe_ext
-from oracle import unit
-from ranks import over_ranks
+from support.oracle import unit
+from support.ranks import over_ranks
 
 transformers = pytest.importorskip("transformers")
 
-import tiny_models  # noqa: E402
 from test_blocks import longcat_flash  # noqa: E402
 
 from moe_ext.integrations.transformers import (  # noqa: E402
@@ -24,6 +23,7 @@ from moe_ext.integrations.transformers import (  # noqa: E402
     register,
     replace,
 )
+from support import tiny_models  # noqa: E402
 
 E, K = 8, 2
 SMALL = dict(

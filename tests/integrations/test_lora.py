@@ -9,15 +9,20 @@ import torch
 from torch import nn
 
 from moe_ext import reference
-from oracle import ROUTINGS, assert_within_bound, draw_experts, relative_error, unit
+from support.oracle import ROUTINGS, assert_within_bound, draw_experts, relative_error, unit
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-import paths  # noqa: E402
 import test_experts  # noqa: E402
-import tiny_models  # noqa: E402
-from lora_models import (  # noqa: E402, F401
+from peft import LoraConfig  # noqa: E402
+from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
+from test_conformance import FLOAT32_ERROR, FLOAT32_INSIDE  # noqa: E402
+
+from moe_ext.integrations.transformers import experts as experts_module  # noqa: E402
+from moe_ext.integrations.transformers import lora, register  # noqa: E402
+from support import paths, tiny_models  # noqa: E402
+from support.lora_models import (  # noqa: E402, F401
     GATES,
     Block,
     E,
@@ -34,12 +39,6 @@ from lora_models import (  # noqa: E402, F401
     registered,
     results,
 )
-from peft import LoraConfig  # noqa: E402
-from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
-from test_conformance import FLOAT32_ERROR, FLOAT32_INSIDE  # noqa: E402
-
-from moe_ext.integrations.transformers import experts as experts_module  # noqa: E402
-from moe_ext.integrations.transformers import lora, register  # noqa: E402
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 

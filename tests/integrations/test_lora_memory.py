@@ -5,13 +5,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from oracle import draw_experts, unit
+from support.oracle import draw_experts, unit
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import test_experts  # noqa: E402
-from lora_models import (  # noqa: E402, F401
+
+from support.lora_models import (  # noqa: E402, F401
     GATES,
     Block,
     adapted,

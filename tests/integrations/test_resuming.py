@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import moe_ext
-from oracle import bits_equal
+from support.oracle import bits_equal
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

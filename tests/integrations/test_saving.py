@@ -12,7 +12,7 @@ from torch import nn
 
 import moe_ext
 from moe_ext import MoE
-from oracle import bits_equal, relative_error
+from support.oracle import bits_equal, relative_error
 
 transformers = pytest.importorskip("transformers")
 

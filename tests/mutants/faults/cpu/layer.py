@@ -52,7 +52,7 @@ fault(
     "the selection bias is not used",
     "selection_bias=self.float32_bias()",
     "selection_bias=None",
-    "tests/test_transformers.py::test_deepseek_v3_bias_changes_the_choice",
+    "tests/integrations/test_transformers.py::test_deepseek_v3_bias_changes_the_choice",
 )
 
 # ---- inference in one op ---------------------------------------------------------------------

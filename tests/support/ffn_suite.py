@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe_ext import Activation, functional, reference
 from moe_ext._load import BACKEND
-from oracle import (
+from support.oracle import (
     ACTIVATIONS,
     DEVICE,
     DTYPES,

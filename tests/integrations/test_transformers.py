@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import moe_ext
-from oracle import assert_within_bound, relative_error, unit
+from support.oracle import assert_within_bound, relative_error, unit
 
 pytest.importorskip("transformers")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ffn_suite import LAYOUTS, PARAMETERS, FFNStage, needs_ops
 from moe_ext import Activation, functional, reference
 from moe_ext._load import BACKEND
-from oracle import ACTIVATIONS, DTYPES, assert_within_bound, bits_equal, draw_plan, evaluate
+from support.ffn_suite import LAYOUTS, PARAMETERS, FFNStage, needs_ops
+from support.oracle import ACTIVATIONS, DTYPES, assert_within_bound, bits_equal, draw_plan, evaluate
 
 # Marks what only the memory of a plan could tell: a GPU is not waited for.
 READS_MEMORY = "the values"

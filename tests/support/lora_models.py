@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import test_experts
-import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from moe_ext.integrations.transformers import lora, register
-from oracle import assert_within_bound, draw_experts, relative_error, unit
+from support import tiny_models
+from support.oracle import assert_within_bound, draw_experts, relative_error, unit
 
 T, E, K = test_experts.T, test_experts.E, test_experts.K
 R = 3

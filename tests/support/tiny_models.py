@@ -12,7 +12,7 @@ import pathlib
 import torch
 import transformers
 
-from oracle import unit
+from support.oracle import unit
 
 MODELS = pathlib.Path(transformers.__file__).parent / "models"
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import strategies as st
 
 from moe_ext import MoE, reference
-from naive_layer import naive_layer
-from oracle import ACTIVATIONS, redraw, unit
+from support.naive_layer import naive_layer
+from support.oracle import ACTIVATIONS, redraw, unit
 
 H, I, E, K = 16, 12, 8, 2
 

@@ -323,7 +323,13 @@ class MoEConfig(_Checked):
 
     @classmethod
     def of(cls, hidden_size: int, intermediate_size: int, **options: Any) -> "MoEConfig":
-        """The config of a layer's sizes and options side by side, as `MoE` takes them."""
+        """The config of sizes and options side by side, as `MoE` takes them.
+
+        Args:
+            hidden_size: H.
+            intermediate_size: I of each expert.
+            **options: Any of the other options, by name.
+        """
         return cls(hidden_size=hidden_size, intermediate_size=intermediate_size).replace(**options)
 
     def replace(self, **options: Any) -> "MoEConfig":
@@ -331,6 +337,9 @@ class MoEConfig(_Checked):
 
         A group is an option too: config.replace(losses=LossConfig()). `num_experts_per_tok` is
         another name of `top_k`.
+
+        Args:
+            **options: The options that change, by name.
 
         Raises:
             TypeError, ValueError: an unknown or a wrong option.
@@ -355,6 +364,9 @@ class MoEConfig(_Checked):
     def from_dict(cls, values: Mapping[str, Any]) -> "MoEConfig":
         """What `to_dict` gave. Options that are missing take their defaults.
 
+        Args:
+            values: A dict of JSON's types.
+
         Raises:
             TypeError, ValueError: an unknown key or a wrong value; or a later version.
         """
@@ -368,14 +380,28 @@ class MoEConfig(_Checked):
         return _from_json(cls, values)
 
     def to_json(self) -> str:
+        """`to_dict` as a text."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "MoEConfig":
+        """`from_dict` of a text.
+
+        Args:
+            text: What `to_json` gave.
+        """
         return cls.from_dict(json.loads(text))
 
     def room(self, shape: Sequence[int], training: bool) -> tuple[int | None, int]:
-        """(C or None, num_sequences) of `capacity_scatter`, for an x of this shape."""
+        """What `capacity_scatter` is told of the room in the experts.
+
+        Args:
+            shape: Of x, (..., H).
+            training: Whether the layer is in training mode.
+
+        Returns:
+            (capacity, num_sequences); the capacity is None where nothing is dropped.
+        """
         if self.capacity.capacity_scope == "sequence":
             shape = (1, *shape)[-max(len(shape), 2) :]  # one token is a sequence
             tokens, num_sequences = shape[-2], max(math.prod(shape[:-2]), 1)
@@ -384,9 +410,13 @@ class MoEConfig(_Checked):
         return self.rows_per_expert(tokens, training), num_sequences
 
     def rows_per_expert(self, tokens: int, training: bool) -> int | None:
-        """C for so many tokens, or None where nothing is dropped.
+        """C, the most rows of an expert, or None where nothing is dropped.
 
         Exact integers, and symbolic ones for torch.compile.
+
+        Args:
+            tokens: T, or those of a sequence.
+            training: Whether the layer is in training mode.
         """
         if self.capacity.expert_capacity is not None:
             return smaller(self.capacity.expert_capacity, tokens)

@@ -69,6 +69,9 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
     may follow the number of rows. Routing, and the order in which a token's K outputs
     are added, are the same either way. With a capacity, other tokens can still take a
     token's place. The setting belongs to the process, not to a thread.
+
+    Args:
+        enabled: False ends an outer context's.
     """
     global _batch_invariant
     previous, _batch_invariant = _batch_invariant, enabled
@@ -220,11 +223,12 @@ def topk_route(
         experts: (T, K) int32 or int64: a recorded choice to take instead of choosing;
             ids >= E are sentinels, of weight 0.
         score_function: "softmax", "sigmoid" or "softmax_topk".
-        norm_topk_prob, routed_scaling_factor: see above.
-        n_group, topk_group, group_score: the experts form n_group groups of neighbours,
-            scored by their best expert ("max", DeepSeek-V2) or the sum of their best two
-            ("top2_sum", DeepSeek-V3); experts outside of the topk_group best groups are
-            not eligible.
+        norm_topk_prob: divide a token's weights by their sum (not softmax_topk's).
+        routed_scaling_factor: a factor on the weights.
+        n_group: the experts form so many groups of neighbours, of equal size.
+        topk_group: experts outside of so many groups, the best ones, are not eligible.
+        group_score: a group is scored by its best expert ("max", DeepSeek-V2) or the sum of its
+            best two ("top2_sum", DeepSeek-V3).
 
     Returns:
         RouterOutput(weights (T, K), experts (T, K) int32, counts (E) int32,
@@ -321,8 +325,9 @@ def grouped_ffn(
     Args:
         x: (T, H).
         plan: of `capacity_scatter`.
-        *parameters, **by_name: `ExpertParameters`, in their order or by name: up_proj,
-            down_proj, and up_bias and down_bias or None; of x's dtype.
+        *parameters: up_proj, down_proj, and up_bias and down_bias or None, of x's dtype and as
+            `ExpertParameters` has them.
+        **by_name: The same, by their names.
         activation: an `Activation`, which says too how the matrices lie; its name alone will do.
 
     Returns:
@@ -383,8 +388,9 @@ def moe_forward(
         x: (T, H).
         weights: (T, K), of x's dtype or float32.
         plan: of `capacity_scatter`.
-        *parameters, **by_name: `ExpertParameters`, in their order or by name: up_proj,
-            down_proj, and up_bias and down_bias or None; of x's dtype.
+        *parameters: up_proj, down_proj, and up_bias and down_bias or None, of x's dtype and as
+            `ExpertParameters` has them.
+        **by_name: The same, by their names.
         activation: an `Activation`, which says too how the matrices lie; its name alone will do.
 
     Returns:

@@ -43,8 +43,12 @@ def balance_loss(counts, score_sums, tokens, top_k):
 def z_loss(logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
     """mean_t logsumexp(logits_t)^2 over the tokens that are not padding (ST-MoE).
 
-    logits: (..., E), any floating dtype; padding_mask: bool (...), True is padding.
-    Returns a float32 scalar (float64 for float64 logits), differentiable in logits.
+    Args:
+        logits: (..., E), any floating dtype.
+        padding_mask: bool (...), True is padding; or None.
+
+    Returns:
+        A float32 scalar (float64 for float64 logits), differentiable in logits.
     """
     logits = logits.to(accumulation_dtype(logits.dtype))
     if padding_mask is None:

@@ -26,10 +26,11 @@ def padding(mask: Tensor | None, module: nn.Module | None = None) -> Iterator[No
         ):
             loss = model(...)       # an encoder-decoder: a mask for each part
 
-    mask: bool, True is padding; the shape of the layers' input without its last
-    dimension, or any shape of as many elements when that input is (T, H). None ends
-    an outer context's mask. module: only the `MoE` inside of it take the mask. Of nested
-    contexts the innermost that is for a layer counts.
+    Args:
+        mask: bool, True is padding; the shape of the layers' input without its last dimension,
+            or any shape of as many elements when that input is (T, H). None ends an outer
+            context's mask. Of nested contexts the innermost that is for a layer counts.
+        module: only the `MoE` inside of it take the mask; None: all that are called.
 
     The mask belongs to the thread or the asyncio task that opened the context (in compiled code
     to the thread). Where activations are checkpointed, `backward()` runs the layers again and

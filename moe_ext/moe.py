@@ -203,6 +203,9 @@ class MoE(Convertible, nn.Module):
 
         min(max(ceil(factor * tokens * top_k / num_experts), min_capacity), tokens), or
         None where the layer is dropless.
+
+        Args:
+            tokens: T; of a sequence where capacity_scope is "sequence".
         """
         return self.config.rows_per_expert(tokens, self.training)
 

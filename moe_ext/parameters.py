@@ -67,6 +67,11 @@ def parameter_groups(
     biases, also those of the experts, which have two dimensions; norms and everything else
     of fewer than two. Frozen parameters are left out, shared ones stand once.
 
+    Args:
+        model: Any module, with `MoE` inside or without.
+        weight_decay: Of the groups that decay.
+        expert_matrices: Whether the experts' matrices have a group of their own.
+
     Returns:
         [{"params": [...], "weight_decay": weight_decay}, {"params": [...], "weight_decay": 0.0}],
         and with `expert_matrices` before them the `ExpertMatrix`, with weight_decay.
@@ -135,6 +140,9 @@ def count_parameters(model: nn.Module) -> Count:
     """(total, active): all parameters, and those that one token meets.
 
     Of each `MoE`'s experts top_k of num_experts are active. Shared parameters count once.
+
+    Args:
+        model: Any module, with `MoE` inside or without.
 
     Raises:
         TypeError: model is no module.

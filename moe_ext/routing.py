@@ -79,7 +79,13 @@ class Router(nn.Module):
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, experts: Tensor | None = None
     ) -> tuple[Tensor, RouterOutput]:
-        """Logits and `RouterOutput`; `experts` (T, K) replays a recorded choice."""
+        """Logits (T, E), and what `topk_route` makes of them.
+
+        Args:
+            x: (T, H).
+            padding_mask: bool (T,), True is padding; or None.
+            experts: (T, K), a recorded choice to take instead of choosing; or None.
+        """
         router = self.settings.config.router
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias

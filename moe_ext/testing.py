@@ -61,8 +61,16 @@ class Comparison(list):
 
 
 def relative_error(actual: Tensor, oracle: Tensor) -> float:
-    """|actual - oracle| / |oracle| in Frobenius norm and float64; inf where actual is not
-    zero and the oracle is, or where one of the two is not finite."""
+    """|actual - oracle| / |oracle| in Frobenius norm and float64.
+
+    Args:
+        actual: Any shape and dtype.
+        oracle: Of the same shape.
+
+    Returns:
+        The error; inf where actual is not zero and the oracle is, or where one of them is not
+        finite.
+    """
     difference = (actual.detach().double() - oracle.detach().double()).norm().item()
     norm = oracle.detach().double().norm().item()
     if difference == 0:
@@ -71,10 +79,13 @@ def relative_error(actual: Tensor, oracle: Tensor) -> float:
 
 
 def error_limit(baseline_error: float, dtype: torch.dtype) -> float:
-    """How far a result may be from float64: 1.5 times the error of plain PyTorch in
-    `dtype` (`baseline_error`), but at least 4 eps.
+    """How far a result may be from float64: 1.5 times the baseline's error, but at least 4 eps.
 
     float64 is its own baseline: it is allowed 64 eps, for another order of summation.
+
+    Args:
+        baseline_error: The error of plain PyTorch in `dtype`.
+        dtype: Of the result.
     """
     floor = (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps
     return max(1.5 * baseline_error, floor)
@@ -86,11 +97,17 @@ def evaluate(
     frozen: Collection[str] = (),
     cotangents: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """{name: tensor}: the outputs of function(**inputs), then `d_<input>` for the gradient
-    of every floating input that is not in `frozen` (zeros where autograd gives None).
+    """The outputs of a function and the gradients of its inputs.
 
-    Outputs that are differentiable take drawn unit-scale cotangents; pass a dict
-    to use the same ones in another dtype (it is filled on the first call).
+    Args:
+        function: Called with the inputs by name; it gives a tensor, or several.
+        inputs: {name: value}; every floating tensor wants its gradient ...
+        frozen: ... but those of these names.
+        cotangents: {output: the gradient that arrives there}. Those that are missing are drawn,
+            of unit scale, and put in, so that another dtype can take the same.
+
+    Returns:
+        {name: tensor}: the outputs, then `d_<input>` (zeros where autograd gives None).
     """
     inputs = {
         name: t.detach().requires_grad_(t.is_floating_point() and name not in frozen)
@@ -138,14 +155,18 @@ def in_float64(inputs):
 
 
 def compare(layer: MoE, x: Tensor, padding_mask: Tensor | None = None) -> Comparison:
-    """Runs the stages of a `MoE` layer one by one on x (..., H), as the layer would in
-    its present mode: a Comparison.
+    """Runs the stages of a layer one by one, as the layer would in its present mode.
 
     For every stage the path that moe_ext takes (see MOE_EXT_BACKEND) against
     `moe_ext.reference` in float64, outputs and gradients of drawn cotangents, with
     the limit that plain PyTorch in the layer's dtype sets. Near-ties may be chosen
     either way; a choice that is worse by more than rounding counts as wrong. Shared
     experts, jitter and losses are no stages and left out; the layer is not changed.
+
+    Args:
+        layer: Any `MoE`.
+        x: (..., H), in the parameters' dtype.
+        padding_mask: bool, x.shape[:-1], True is padding; or None.
     """
     gate, config = layer.gate, layer.config
     capacity, num_sequences = config.room(x.shape, layer.training)
@@ -182,11 +203,17 @@ def compare_stages(
     scatter: Mapping[str, Any] | None = None,
     activation: Activation | str = "swiglu",
 ) -> Comparison:
-    """`compare` without a layer, on x (T, H) and bare tensors.
+    """`compare` without a layer, on bare tensors.
 
-    gate: weight (E, H), and bias (E) or None. experts: up_proj, down_proj, and
-    up_bias, down_bias or None. routing, scatter: the options of `topk_route` and
-    `capacity_scatter`; activation: of the experts' stages.
+    Args:
+        x: (T, H).
+        gate: weight (E, H), and bias (E) or None.
+        experts: up_proj and down_proj, up_bias and down_bias or None.
+        top_k: K.
+        router_dtype: Of x and the gate in the router; None: as they are.
+        routing: The options of `topk_route`.
+        scatter: The options of `capacity_scatter`.
+        activation: Of the experts' stages.
     """
     routing, scatter = routing or {}, scatter or {}
     rows = Comparison()

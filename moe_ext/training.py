@@ -108,9 +108,15 @@ def update_router_biases_on_step(
     model: nn.Module,
     process_group: dist.ProcessGroup | None = None,
 ) -> RemovableHandle:
-    """Calls `update_router_biases(model, process_group)` after each step of this one optimizer.
+    """Calls `update_router_biases(model, process_group)` after each step of one optimizer.
 
-    Returns the hook's handle; `handle.remove()` ends it.
+    Args:
+        optimizer: The one whose steps count, and no other.
+        model: As there.
+        process_group: As there.
+
+    Returns:
+        The hook's handle; `handle.remove()` ends it.
     """
     return optimizer.register_step_post_hook(
         lambda *_: update_router_biases(model, process_group),

@@ -64,5 +64,9 @@ class Activation(NamedTuple):
 
     @classmethod
     def of(cls, activation: "Activation | str") -> "Activation":
-        """The record; a name alone leaves the rest as it is."""
+        """The record.
+
+        Args:
+            activation: A record, or a name alone, which leaves the rest as it is.
+        """
         return cls(activation) if isinstance(activation, str) else activation

@@ -1,4 +1,4 @@
-"""What is public is typed, and said to be public."""
+"""What is public is typed, documented, and said to be public."""
 
 import importlib
 import inspect
@@ -51,6 +51,20 @@ def test_every_public_function_is_typed():
                 found[function_name] = missing(function)
     assert len(found) > 40
     assert {name: gaps for name, gaps in found.items() if gaps} == {}
+
+
+def test_every_argument_is_documented():
+    undocumented = {}
+    for name, thing in public():
+        for function_name, function in functions(name, thing):
+            owner = thing if function_name.endswith("__init__") else function
+            text = inspect.getdoc(owner) or ""
+            names = list(inspect.signature(function).parameters)
+            gaps = [n for n in names if f"{n}: " not in text and n not in ("self", "cls")]
+            named = function.__module__ in ("moe_ext.reference", "moe_ext.routing", "moe_ext.stats")
+            if gaps and not named and function is not moe_ext.MoE.__init__:
+                undocumented[function_name] = gaps
+    assert undocumented == {}
 
 
 def test_every_public_module_says_what_is_public():

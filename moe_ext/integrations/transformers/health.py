@@ -156,6 +156,9 @@ class RoutingHealth:
         worst_entropy, worst_max_violation, worst_drop_rate, and dead_experts of all layers
         together; beside each, under its name and "_layer", the place in `layers` (0, 1, ...) of
         the layer with the worst; tokens. {} where nothing was seen.
+
+        Args:
+            stats: What `stats` or `check` gave.
         """
         found = {}
         for key, (name, worst, total) in WORST.items():
@@ -181,6 +184,9 @@ class RoutingHealth:
         At level DEBUG it gets every layer. Warns once, for each layer and each of these, of
         scores that are NaN or infinite, of a router that collapses, experts that die and drops
         that rise; of the last three where enough tokens were seen to tell.
+
+        Args:
+            training: As in `stats`.
         """
         stats = self.stats(reset=True, training=training)
         found = defaultdict(list)

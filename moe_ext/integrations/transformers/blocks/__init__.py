@@ -52,6 +52,9 @@ def replace(model: nn.Module) -> dict[str, nn.Module]:
     were; the other families keep theirs. The state_dict has the parameters of now;
     `load_state_dict` takes the original's too.
 
+    Args:
+        model: Changed in place.
+
     Returns:
         {name: module} of what was replaced.
 

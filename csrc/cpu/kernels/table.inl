@@ -6,6 +6,7 @@ constexpr Kernels<P> table(const char* name) {
           load_block<P>,
           store_block<T>,
           matmul_block<P>,
+          add_block<T>,
           unweave<T>,
           activate_block<P>,
           load_rows<P>,

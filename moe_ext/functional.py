@@ -307,11 +307,14 @@ def grouped_ffn(x, plan, *parameters, activation="swiglu", **by_name):
 
         rows[r] = down_proj[e] phi(up_proj[e] x[row_token[r]] + up_bias[e]) + down_bias[e]
 
+    With LoRA's factors a matrix takes x to x W + (x A) B; A B is never formed, and gradients of
+    what is frozen cost nothing.
+
     Args:
         x: (T, H).
         plan: of `capacity_scatter`.
         *parameters, **by_name: `ExpertParameters`, in their order or by name: up_proj,
-            down_proj, and up_bias and down_bias or None; of x's dtype.
+            down_proj, and the biases and LoRA's factors or None; of x's dtype.
         activation: an `Activation`, which says too how the matrices lie; its name alone will do.
 
     Returns:
@@ -366,7 +369,7 @@ def moe_forward(x, weights, plan, *parameters, activation="swiglu", **by_name):
         weights: (T, K), of x's dtype or float32.
         plan: of `capacity_scatter`.
         *parameters, **by_name: `ExpertParameters`, in their order or by name: up_proj,
-            down_proj, and up_bias and down_bias or None; of x's dtype.
+            down_proj, and the biases and LoRA's factors or None; of x's dtype.
         activation: an `Activation`, which says too how the matrices lie; its name alone will do.
 
     Returns:

@@ -39,6 +39,12 @@ class ExpertParameters(NamedTuple):
     down_proj: Tensor  # (E, H, I)
     up_bias: Tensor | None = None  # (E, 2I) or (E, I)
     down_bias: Tensor | None = None  # (E, H)
+    # LoRA: (E, in, r) and (E, r, out) times the scale, whichever way the matrix lies that they add
+    # to: x W_e + (x A_e) B_e.
+    up_lora_a: Tensor | None = None
+    up_lora_b: Tensor | None = None
+    down_lora_a: Tensor | None = None
+    down_lora_b: Tensor | None = None
 
 
 class Activation(NamedTuple):

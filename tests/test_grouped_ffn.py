@@ -1,5 +1,6 @@
 """grouped_ffn: every expert's rows through its feed-forward network."""
 
+from ffn_low_rank import FFNLowRank
 from ffn_operator import FFNOperator
 from ffn_suite import FFNNumbers
 
@@ -9,4 +10,8 @@ class TestNumbers(FFNNumbers):
 
 
 class TestOperator(FFNOperator):
+    stage = "grouped_ffn"
+
+
+class TestLowRank(FFNLowRank):
     stage = "grouped_ffn"

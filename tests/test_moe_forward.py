@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ffn_low_rank import FFNLowRank
 from ffn_operator import FFNOperator
 from ffn_suite import FFNNumbers
 from moe_ext import functional, reference
@@ -68,5 +69,10 @@ class TestNumbers(FFNNumbers):
 
 
 class TestOperator(FFNOperator):
+    stage = "moe_forward"
+    weighted = True
+
+
+class TestLowRank(FFNLowRank):
     stage = "moe_forward"
     weighted = True

@@ -23,6 +23,7 @@ import torch
 
 import moe_ext
 from moe_ext import functional
+from moe_ext.types import Activation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu")
@@ -192,9 +193,12 @@ def experts(draw):
     x, *parameters = inputs.values()
     weights = normal(tokens, top_k, dtype=draw.choice((dtype, torch.float32)))
     wide = normal(tokens, top_k, dtype=draw.choice((dtype, torch.float64)))
+    activation = Activation(
+        options["activation"], **{k: options[k] for k in options.keys() - {"activation"}}
+    )
     with functional.batch_invariant(draw.random() < 0.3):
-        rows = functional.grouped_ffn(x, plan, *parameters, **options)
-        y = functional.moe_forward(x, weights, plan, *parameters, **options)
+        rows = functional.grouped_ffn(x, plan, *parameters, activation=activation)
+        y = functional.moe_forward(x, weights, plan, *parameters, activation=activation)
     gathered = functional.gather_rows(x, plan)
     leaf = rows.detach().clone().requires_grad_()
     combined = functional.weighted_combine(leaf, wide, plan)

@@ -32,25 +32,40 @@ struct RouteArguments {
 };
 
 // What every op that runs experts takes. up_proj is (E, 2I, H), or (E, I, H) when the
-// activation has no gate; down_proj is (E, H, I); `transposed` swaps the last two.
+// activation has no gate; down_proj is (E, H, I); `transposed` swaps the last two. LoRA's
+// factors are (E, in, r) and (E, r, out), whichever way the matrix lies that they add to, and
+// B holds the scale: x W_e + (x A_e) B_e.
 #define EXPERT_OPERANDS                                                   \
   "Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias, "\
+  "Tensor? up_lora_a=None, Tensor? up_lora_b=None, "                      \
+  "Tensor? down_lora_a=None, Tensor? down_lora_b=None, "                  \
   "str activation=\"swiglu\", float? limit=None, float alpha=1.0, "       \
   "float up_offset=0.0, bool transposed=False, bool interleaved=False"
 
 struct ExpertOperands {
   at::Tensor up_proj, down_proj;
-  at::Tensor up_bias, down_bias;  // undefined where there is none
+  at::Tensor up_bias, down_bias;  // undefined where there is none, as are the factors
+  at::Tensor up_lora_a, up_lora_b, down_lora_a, down_lora_b;
   std::string_view activation;
   std::optional<double> limit;
   double alpha, up_offset;
   bool transposed, interleaved;
+
+  // In the order of EXPERT_GRADIENTS.
+  std::array<const at::Tensor*, 8> tensors() const {
+    return {&up_proj,   &down_proj, &up_bias,     &down_bias,
+            &up_lora_a, &up_lora_b, &down_lora_a, &down_lora_b};
+  }
 
   static ExpertOperands read(Arguments& args) {
     return {args.tensor("up_proj"),
             args.tensor("down_proj"),
             args.tensor_or_none("up_bias"),
             args.tensor_or_none("down_bias"),
+            args.tensor_or_none("up_lora_a"),
+            args.tensor_or_none("up_lora_b"),
+            args.tensor_or_none("down_lora_a"),
+            args.tensor_or_none("down_lora_b"),
             args.text("activation"),
             args.optional_number("limit"),
             args.number("alpha"),
@@ -60,6 +75,35 @@ struct ExpertOperands {
   }
 };
 
+// What a backward op gives for them: the end of its results.
+#define EXPERT_GRADIENTS                                                  \
+  "Tensor dup_proj, Tensor ddown_proj, Tensor dup_bias, Tensor ddown_bias, "\
+  "Tensor dup_lora_a, Tensor dup_lora_b, Tensor ddown_lora_a, Tensor ddown_lora_b"
+
 // clang-format on
+
+// The gradients of moe_forward's inputs, in the order of its backward op.
+enum Gradient {
+  kX,
+  kWeights,
+  kUpProj,
+  kDownProj,
+  kUpBias,
+  kDownBias,
+  kUpLoraA,
+  kUpLoraB,
+  kDownLoraA,
+  kDownLoraB,
+  kGradients
+};
+using Gradients = std::array<at::Tensor, kGradients>;
+
+// grouped_ffn has no routing weights.
+using GradientsOfRows = std::array<at::Tensor, kGradients - 1>;
+inline GradientsOfRows without_weights(const Gradients& gradients) {
+  GradientsOfRows rest;
+  for (int g = 0; g < kGradients - 1; ++g) rest[g] = gradients[g < kWeights ? g : g + 1];
+  return rest;
+}
 
 }  // namespace moe_ext

@@ -58,8 +58,7 @@ TORCH_LIBRARY(moe_ext, m) {
       "grouped_ffn_backward(Tensor grad_rows, Tensor x, Tensor preactivations,"
       " Tensor expert_offsets, Tensor row_token, Tensor assignment_row, "
       EXPERT_OPERANDS
-      ", *, bool[5] output_mask)"
-      " -> (Tensor dx, Tensor dup_proj, Tensor ddown_proj, Tensor dup_bias, Tensor ddown_bias)");
+      ", *, bool[9] output_mask) -> (Tensor dx, " EXPERT_GRADIENTS ")");
 
   // ---- weighted_combine: rows (R, H), weights (T, K) -> (T, H)
   m.def(
@@ -80,9 +79,7 @@ TORCH_LIBRARY(moe_ext, m) {
       "moe_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor preactivations,"
       " Tensor expert_offsets, Tensor row_token, Tensor row_assignment, Tensor assignment_row, "
       EXPERT_OPERANDS
-      ", *, bool[6] output_mask)"
-      " -> (Tensor dx, Tensor dweights, Tensor dup_proj, Tensor ddown_proj, Tensor dup_bias,"
-      " Tensor ddown_bias)");
+      ", *, bool[10] output_mask) -> (Tensor dx, Tensor dweights, " EXPERT_GRADIENTS ")");
 
   // ---- accumulate_stats: adds one forward's routing to running sums; nothing while a
   //      backward pass runs, so that a recomputed forward counts once.

@@ -31,15 +31,24 @@ def _router_logits_backward(call):
 
 
 def _products(rows, call):
-    """(of the product with up_proj, of that with down_proj), for so many rows."""
-    return tuple(2 * rows * matrix[1] * matrix[2] for matrix in (call.up_proj, call.down_proj))
+    """Of the products of so many rows with up_proj, down_proj and the factors of both."""
+    matrices = (
+        call.up_proj, call.down_proj,
+        call.up_lora_a, call.up_lora_b, call.down_lora_a, call.down_lora_b,
+    )  # fmt: skip
+    return [0 if matrix is None else 2 * rows * matrix[1] * matrix[2] for matrix in matrices]
 
 
-def _products_backward(call, wants_x, wants_inner, wants_up, wants_down):
-    up, down = _products(call.row_token[0], call)
+def _products_backward(call, dx, *wanted, wants_inner=False):
+    up, down, up_a, up_b, down_a, down_b = _products(call.row_token[0], call)
+    dup, ddown, dup_bias, _, dup_a, dup_b, ddown_a, ddown_b = wanted
     # The gradient of the activations: what comes before down_proj wants it.
-    inner = wants_x or wants_inner or wants_up
-    return down * inner + up * wants_x + up * wants_up + down * wants_down
+    inner = dx or wants_inner or dup or dup_bias or dup_a or dup_b
+    full = (down + down_a) * inner + (up + up_a) * dx + up * dup + down * ddown
+    # Either factor's gradient takes what the other one makes of the rows.
+    of_up = up_b * (dx or dup_a) + up_a * dup_a + (up_a + up_b) * dup_b
+    of_down = down_b * (inner or ddown_a) + down_a * ddown_a + (down_a + down_b) * ddown_b
+    return full + of_up + of_down
 
 
 def _grouped_ffn(call):
@@ -47,8 +56,7 @@ def _grouped_ffn(call):
 
 
 def _grouped_ffn_backward(call):
-    dx, dup, ddown, dup_bias, *_ = call.output_mask
-    return _products_backward(call, dx, dup_bias, dup, ddown)
+    return _products_backward(call, *call.output_mask)
 
 
 def _combine(tokens, top_k, hidden):
@@ -68,8 +76,8 @@ def _moe_forward(call):
 
 
 def _moe_backward(call):
-    dx, dweights, dup, ddown, dup_bias, *_ = call.output_mask
-    return _products_backward(call, dx, dweights or dup_bias, dup, ddown)
+    dx, dweights, *wanted = call.output_mask
+    return _products_backward(call, dx, *wanted, wants_inner=dweights)
 
 
 def _moe_infer(call):

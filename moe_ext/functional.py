@@ -322,11 +322,14 @@ def grouped_ffn(
 
         rows[r] = down_proj[e] phi(up_proj[e] x[row_token[r]] + up_bias[e]) + down_bias[e]
 
+    With LoRA's factors a matrix takes x to x W + (x A) B; A B is never formed, and gradients of
+    what is frozen cost nothing.
+
     Args:
         x: (T, H).
         plan: of `capacity_scatter`.
-        *parameters: up_proj, down_proj, and up_bias and down_bias or None, of x's dtype and as
-            `ExpertParameters` has them.
+        *parameters: up_proj, down_proj, and the biases and LoRA's factors or None, of x's dtype and
+            as `ExpertParameters` has them.
         **by_name: The same, by their names.
         activation: an `Activation`, which says too how the matrices lie; its name alone will do.
 
@@ -388,8 +391,8 @@ def moe_forward(
         x: (T, H).
         weights: (T, K), of x's dtype or float32.
         plan: of `capacity_scatter`.
-        *parameters: up_proj, down_proj, and up_bias and down_bias or None, of x's dtype and as
-            `ExpertParameters` has them.
+        *parameters: up_proj, down_proj, and the biases and LoRA's factors or None, of x's dtype and
+            as `ExpertParameters` has them.
         **by_name: The same, by their names.
         activation: an `Activation`, which says too how the matrices lie; its name alone will do.
 

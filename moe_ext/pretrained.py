@@ -130,7 +130,7 @@ def parts(layer):
     e expert, h hidden, i intermediate, g gate or up, s the shared experts' intermediate,
     o one.
     """
-    up, down, up_bias, down_bias = layer.experts.weights()
+    up, down, up_bias, down_bias, *_ = layer.experts.weights()
     activation = layer.config.experts.activation
     if activation.transposed:
         up, down = up.mT, down.mT

@@ -219,6 +219,12 @@ def gated_activation(gate, up, activation):
     return ACTIVATIONS[GATES[name]](gate) * (up + up_offset)
 
 
+def linear(x, weight, bias, a, b):
+    """F.linear, with LoRA's factors (in, r) and (r, out) where they are not None."""
+    y = F.linear(x, weight, bias)
+    return y if a is None else y + x @ a @ b
+
+
 def grouped_ffn(
     x: Tensor,
     plan: Plan,
@@ -226,19 +232,18 @@ def grouped_ffn(
     activation: Activation | str = "swiglu",
     **by_name: Any,
 ) -> Tensor:
-    up_proj, down_proj, up_bias, down_bias = ExpertParameters(*parameters, **by_name)
+    experts = ExpertParameters(*parameters, **by_name)
     activation = Activation.of(activation)
-    if activation.transposed:
-        up_proj, down_proj = up_proj.mT, down_proj.mT
     offsets = plan.expert_offsets.tolist()
     rows = []
     for expert, (begin, end) in enumerate(zip(offsets, offsets[1:])):
+        own: list[Any] = [None if t is None else t[expert] for t in experts]
+        up, down, up_bias, down_bias, up_a, up_b, down_a, down_b = own
+        if activation.transposed:
+            up, down = up.mT, down.mT
         mine = x[plan.row_token[begin:end].long()]
-        h = F.linear(mine, up_proj[expert], None if up_bias is None else up_bias[expert])
-        a = activate(h, activation)
-        rows.append(
-            F.linear(a, down_proj[expert], None if down_bias is None else down_bias[expert])
-        )
+        a = activate(linear(mine, up, up_bias, up_a, up_b), activation)
+        rows.append(linear(a, down, down_bias, down_a, down_b))
     rows.append(x.new_zeros(len(plan.row_token) - offsets[-1], x.shape[-1]))
     return torch.cat(rows)
 

@@ -36,12 +36,16 @@ class ExpertParameters(NamedTuple):
     The experts' ops take these side by side, in this order; so do the functions.
     """
 
-    up_proj: (
-        Tensor  # (E, 2I, H), the rows [gate; up], or (E, I, H) for an activation without a gate
-    )
+    up_proj: Tensor  # (E, 2I, H), the rows [gate; up]; without a gate (E, I, H)
     down_proj: Tensor  # (E, H, I)
     up_bias: Tensor | None = None  # (E, 2I) or (E, I)
     down_bias: Tensor | None = None  # (E, H)
+    # LoRA: (E, in, r) and (E, r, out) times the scale, whichever way the matrix lies that they add
+    # to: x W_e + (x A_e) B_e.
+    up_lora_a: Tensor | None = None
+    up_lora_b: Tensor | None = None
+    down_lora_a: Tensor | None = None
+    down_lora_b: Tensor | None = None
 
 
 class Activation(NamedTuple):

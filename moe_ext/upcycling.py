@@ -84,7 +84,7 @@ def _copy_to_experts(dense, experts):
     """Every expert becomes the dense FFN, in whatever layout the experts have, and trains as it does."""
     ups = [dense.up] if dense.gate is None else [dense.gate, dense.up]
     stacks = experts.weights()
-    up, down, up_bias, down_bias = (None if t is None else t.detach() for t in stacks)
+    up, down, up_bias, down_bias, *_ = (None if t is None else t.detach() for t in stacks)
     if experts.activation.transposed:
         up, down = up.mT, down.mT
     if experts.activation.interleaved:

@@ -51,6 +51,21 @@ def test_the_products_are_counted():
     assert counted(lambda a: functional.gather_rows(a, plan), x) == (0, 0)
 
 
+def test_lora_s_factors_are_counted():
+    plan = functional.capacity_scatter(functional.topk_route(unit(T, E), K).experts, E)
+    sizes, rank = ((H, 2 * I), (I, H)), 3
+    factors = [t for n, m in sizes for t in (unit(E, n, rank), unit(E, rank, m))]
+    inputs = (unit(T, H), *draw_ffn(H, I, E, torch.float32).values(), *factors)
+
+    def ffn(x, up, down, *factors):
+        return functional.grouped_ffn(x, plan, up, down, None, None, *factors)
+
+    a, b = (2 * T * K * rank * sum(n[i] for n in sizes) for i in (0, 1))
+    experts = 6 * T * K * H * I
+    # A: towards the rows' gradient, its own, and x A again for B's; B: before A's, and its own.
+    assert counted(ffn, *inputs) == (experts + a + b, 2 * experts + 3 * a + 2 * b)
+
+
 def test_what_is_frozen_costs_nothing():
     layer = make(dtype=torch.float32, capacity_factor=None)
     layer.experts.requires_grad_(False)

@@ -1,5 +1,6 @@
 """grouped_ffn: every expert's rows through its feed-forward network."""
 
+from support.ffn_low_rank import FFNLowRank
 from support.ffn_operator import FFNOperator
 from support.ffn_suite import FFNNumbers
 
@@ -9,4 +10,8 @@ class TestNumbers(FFNNumbers):
 
 
 class TestOperator(FFNOperator):
+    stage = "grouped_ffn"
+
+
+class TestLowRank(FFNLowRank):
     stage = "grouped_ffn"

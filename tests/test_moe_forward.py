@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_ext import functional, reference
+from support.ffn_low_rank import FFNLowRank
 from support.ffn_operator import FFNOperator
 from support.ffn_suite import FFNNumbers
 from support.oracle import (
@@ -68,5 +69,10 @@ class TestNumbers(FFNNumbers):
 
 
 class TestOperator(FFNOperator):
+    stage = "moe_forward"
+    weighted = True
+
+
+class TestLowRank(FFNLowRank):
     stage = "moe_forward"
     weighted = True

@@ -14,10 +14,6 @@
 
 namespace moe_ext {
 
-// The gradients of moe_forward's inputs, in the order of its backward op; grouped_ffn's are
-// the same without the weights'.
-enum Gradient { kX, kWeights, kUpProj, kDownProj, kUpBias, kDownBias, kGradients };
-
 // A call's experts, plan and options, checked. What an op does not take is undefined.
 struct FfnCall : ExpertOperands {
   at::Tensor x;                                          // (T, H), its rows' elements side by side
@@ -48,8 +44,9 @@ constexpr NamedActivation kActivations[] = {
 
 // The experts, the rows of x and the plan; fills in the sizes.
 inline void check_ffn(const char* op, FfnCall& call) {
-  const auto& [up_proj, down_proj, up_bias, down_bias, activation, limit, alpha, up_offset,
-               transposed, interleaved] = static_cast<const ExpertOperands&>(call);
+  const auto& [up_proj, down_proj, up_bias, down_bias, up_lora_a, up_lora_b, down_lora_a,
+               down_lora_b, activation, limit, alpha, up_offset, transposed, interleaved] =
+      static_cast<const ExpertOperands&>(call);
   const at::Tensor& x = call.x;
   check_argument(op, "x", x, is_float(x), x.dim() == 2,
                  "float64, float32, bfloat16 or float16 of shape (T, H)");
@@ -84,6 +81,23 @@ inline void check_ffn(const char* op, FfnCall& call) {
   };
   check_bias("up_bias", up_bias, width);
   check_bias("down_bias", down_bias, hidden);
+  const auto check_factors = [&](const char* a_name, const at::Tensor& a, const char* b_name,
+                                 const at::Tensor& b, int64_t in_size, int64_t out_size) {
+    TORCH_CHECK_VALUE(a.defined() == b.defined(), op, ": ", a_name, " and ", b_name,
+                      " must be given together, got ", describe(a), " and ", describe(b));
+    if (!a.defined()) return;
+    check_argument(op, a_name, a, same_dtype(a),
+                   a.dim() == 3 && a.size(0) == experts && a.size(1) == in_size && a.size(2) >= 1,
+                   "of x's dtype ", dtype, " and shape (", experts, ", ", in_size, ", r)");
+    check_argument(
+        op, b_name, b, same_dtype(b),
+        b.dim() == 3 && b.size(0) == experts && b.size(1) == a.size(2) && b.size(2) == out_size,
+        "of x's dtype ", dtype, " and shape (", experts, ", ", a.size(2), ", ", out_size, ")");
+    check_same_device(op, a_name, a, "x", x);
+    check_same_device(op, b_name, b, "x", x);
+  };
+  check_factors("up_lora_a", up_lora_a, "up_lora_b", up_lora_b, hidden, width);
+  check_factors("down_lora_a", down_lora_a, "down_lora_b", down_lora_b, intermediate, hidden);
   check_same_device(op, "up_proj", up_proj, "x", x);
   check_same_device(op, "down_proj", down_proj, "x", x);
   check_plan(op, call.expert_offsets, call.row_token, std::nullopt, call.assignment_row, x.size(0),
@@ -160,6 +174,8 @@ inline FfnCall read_ffn(Arguments& args) {
       if (gradient == kWeights && !weighted) ++gradient;
       call.wanted[gradient++] = wanted;
     }
+    gradient = kUpProj;
+    for (const at::Tensor* tensor : call.tensors()) call.wanted[gradient++] &= tensor->defined();
   } else {
     call.keep_preactivations = args.flag("keep_preactivations");
     call.batch_invariant = args.flag("batch_invariant");

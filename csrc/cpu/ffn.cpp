@@ -17,15 +17,18 @@ namespace {
 
 // The kernels take weights of any layout in which one of the matrix's strides is 1.
 at::Tensor with_unit_stride(const at::Tensor& weight) {
-  return weight.stride(1) == 1 || weight.stride(2) == 1 ? weight : weight.contiguous();
+  const bool unit = !weight.defined() || weight.stride(1) == 1 || weight.stride(2) == 1;
+  return unit ? weight : weight.contiguous();
 }
 
 }  // namespace
 
 Experts check_memory(const char* op, FfnCall arguments) {
   Experts call{std::move(arguments)};
-  call.up_proj = with_unit_stride(call.up_proj);
-  call.down_proj = with_unit_stride(call.down_proj);
+  for (at::Tensor* matrix : {&call.up_proj, &call.down_proj, &call.up_lora_a, &call.up_lora_b,
+                             &call.down_lora_a, &call.down_lora_b}) {
+    *matrix = with_unit_stride(*matrix);
+  }
   call.dtype = dtype_of(call.x);
   check_plan_memory(op, call.expert_offsets, call.row_token, call.tokens);
   call.kept = call.offsets()[call.experts];
@@ -50,6 +53,16 @@ Weight weight_of(const Experts& call, const at::Tensor& weight, int64_t expert, 
   const void* at = static_cast<const char*>(weight.const_data_ptr()) + offset * size_of(call.dtype);
   if (swapped) return {at, call.dtype, along_in, step * along_out};
   return {at, call.dtype, step * along_out, along_in};
+}
+
+Weight factor_of(const Experts& call, const at::Tensor& factor, int64_t expert, int64_t n_dim,
+                 int64_t begin, int64_t step) {
+  const int64_t k_dim = 3 - n_dim;
+  const int64_t offset = expert * factor.stride(0) + begin * factor.stride(n_dim);
+  const void* at = static_cast<const char*>(factor.const_data_ptr()) + offset * size_of(call.dtype);
+  // The stride of a rank of 1 says nothing; with packed rows it has to be 1.
+  return {at, call.dtype, step * factor.stride(n_dim),
+          factor.size(k_dim) == 1 ? 1 : factor.stride(k_dim)};
 }
 
 template <class T>

@@ -48,15 +48,10 @@ auto with_operands(const Experts& experts, Body body) {
 template <class P>
 void ffn_forward(const Experts& experts, const RowsOut& out, void* kept);
 
-struct FfnGradients {
-  at::Tensor x, up_proj, down_proj, up_bias, down_bias;  // of shape (0) where not asked for
-};
-
-// From the rows' upstream gradients and `weight` (R; null: 1) to the gradients that are wanted.
-// score (R), unless null, receives the gradient of each row's weight.
+// The gradients that are wanted, the others of shape (0), with `weight` (R; null: 1) as the rows'
+// weights. score (R), unless null, receives the gradient of each row's weight.
 template <class P>
-FfnGradients ffn_backward(const Experts& experts, const Rows& upstream, const Sum<P>* weight,
-                          Sum<P>* score);
+Gradients ffn_backward(const Experts& experts, const Sum<P>* weight, Sum<P>* score);
 
 // ---- what both passes read
 
@@ -69,6 +64,11 @@ T* data(const at::Tensor& tensor) {
 // other way round where `swapped`.
 Weight weight_of(const Experts& experts, const at::Tensor& weight, int64_t expert,
                  int64_t begin = 0, int64_t step = 1, bool swapped = false);
+
+// An expert's factor of a low-rank part as W(n, k), n counting along its dimension n_dim from
+// `begin` on in steps of `step`.
+Weight factor_of(const Experts& experts, const at::Tensor& factor, int64_t expert, int64_t n_dim,
+                 int64_t begin = 0, int64_t step = 1);
 
 // A bias in the type of sums; undefined where there is none.
 template <class T>

@@ -22,12 +22,10 @@ std::array<at::Tensor, 2> grouped_ffn(Arguments& args) {
   return {rows, kept};
 }
 
-std::array<at::Tensor, 5> grouped_ffn_backward(Arguments& args) {
+GradientsOfRows grouped_ffn_backward(Arguments& args) {
   const Experts call = check_memory(args.op(), read_ffn(args));
-  const FfnGradients g = with_operands(call, [&](auto p) {
-    return ffn_backward<decltype(p)>(call, rows_of(call.upstream), nullptr, nullptr);
-  });
-  return {g.x, g.up_proj, g.down_proj, g.up_bias, g.down_bias};
+  return without_weights(with_operands(
+      call, [&](auto p) { return ffn_backward<decltype(p)>(call, nullptr, nullptr); }));
 }
 
 }  // namespace

@@ -34,11 +34,9 @@ std::array<at::Tensor, 2> moe_forward(Arguments& args) {
   return {y, kept};
 }
 
-std::array<at::Tensor, 6> moe_backward(Arguments& args) {
+Gradients moe_backward(Arguments& args) {
   const Experts call = check_memory(args.op(), read_ffn(args));
-  const auto& wanted = call.wanted;
-  at::Tensor dweights;
-  const FfnGradients g = with_operands(call, [&](auto p) {
+  return with_operands(call, [&](auto p) {
     using P = decltype(p);
     using T = Sum<P>;
     const at::Tensor w = weights_of<T>(call);
@@ -49,21 +47,16 @@ std::array<at::Tensor, 6> moe_backward(Arguments& args) {
                         ": row_assignment must be in 0..T*K-1 where a row is kept");
       row_weight[r] = w.const_data_ptr<T>()[assignment[r]];
     }
-    const FfnGradients gradients = ffn_backward<P>(
-        call, rows_of(call.upstream).with_index(call.row_token.const_data_ptr<int32_t>()),
-        row_weight.data(), wanted[kWeights] ? score.data() : nullptr);
-    if (wanted[kWeights]) {
-      const at::Tensor dw = at::zeros(w.sizes(), w.options());
-      for (int64_t r = 0; r < call.kept; ++r) {
-        dw.mutable_data_ptr<T>()[assignment[r]] = score[r];
-      }
-      dweights = dw.to(call.weights.scalar_type());
-    } else {
-      dweights = at::empty({0}, call.weights.options());
+    const bool wanted = call.wanted[kWeights];
+    Gradients gradients = ffn_backward<P>(call, row_weight.data(), wanted ? score.data() : nullptr);
+    at::Tensor& dweights = gradients[kWeights];
+    dweights = wanted ? at::zeros(w.sizes(), w.options()) : at::empty({0}, w.options());
+    for (int64_t r = 0; wanted && r < call.kept; ++r) {
+      dweights.mutable_data_ptr<T>()[assignment[r]] = score[r];
     }
+    dweights = dweights.to(call.weights.scalar_type());
     return gradients;
   });
-  return {g.x, dweights, g.up_proj, g.down_proj, g.up_bias, g.down_bias};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Two products forward, five backward. A product's operands, layout and epilogue are told
-// to csrc/cuda/kernels, which choose the kernel.
+// Two products forward, five backward, and small ones for a low-rank part. A product's operands,
+// layout and epilogue are told to csrc/cuda/kernels, which choose the kernel.
 
 #include "cuda/ffn.h"
 
@@ -78,6 +78,52 @@ void check_rows(const char* op, const FfnCall& call) {
 
 at::Tensor contiguous(const at::Tensor& bias) { return bias.defined() ? bias.contiguous() : bias; }
 
+// The low-rank part's second factor in either direction, B forward and A backward, its elements
+// side by side along the same dimension as the weight's: so tensor cores take both.
+at::Tensor factor_beside(const at::Tensor& factor, bool along_last) {
+  if (!factor.defined() || factor.stride(along_last ? 2 : 1) == 1) return factor;
+  return along_last ? factor.contiguous() : factor.mT().contiguous().mT();
+}
+
+// The products of one call. Forward goes from a weight's inputs to its outputs, x W + (x A) B;
+// backward from outputs to inputs, dh W^T + (dh B^T) A^T.
+struct Products {
+  const char* op;
+  const OnDevice& device;
+  const FfnCall& call;
+  const cuda::GemmContext context = context_of(device, call);
+
+  enum Way { kForward, kBackward };
+  // A factor's dimension that is summed over.
+  static int64_t k_dim(Way way) { return way == kForward ? 1 : 2; }
+
+  void run(const cuda::RowsGemm& gemm) const {
+    check_launch(op, cuda::rows_gemm(gemm, device.stream()));
+  }
+
+  // (R, r): rows through the first factor, A forward and B backward; undefined without one.
+  at::Tensor inner(Way way, cuda::RowMatrix rows, const at::Tensor& factor) const {
+    if (!factor.defined()) return factor;
+    const int64_t k = k_dim(way), n = 3 - k;
+    const at::Tensor out = at::empty({call.rows, factor.size(n)}, call.x.options());
+    run({context, {factor.size(k), rows, matrix_of(factor, n, k)}, {}, store(out)});
+    return out;
+  }
+
+  // Rows through a weight and, where `inner` is defined, that through the second factor.
+  cuda::RowsGemm through(Way way, cuda::RowMatrix rows, const at::Tensor& weight,
+                         const at::Tensor& inner, const at::Tensor& factor,
+                         const cuda::Epilogue& epilogue) const {
+    const int64_t k = way == kForward ? call.in_dim() : call.out_dim(), n = 3 - k;
+    cuda::RowsGemm gemm{context, {weight.size(k), rows, matrix_of(weight, n, k)}, {}, epilogue};
+    if (inner.defined()) {
+      const int64_t r = k_dim(way);
+      gemm.low_rank = {inner.size(1), rows_of(inner), matrix_of(factor, 3 - r, r)};
+    }
+    return gemm;
+  }
+};
+
 }  // namespace
 
 // ---- forward
@@ -85,7 +131,7 @@ at::Tensor contiguous(const at::Tensor& bias) { return bias.defined() ? bias.con
 FfnRows ffn_forward(const char* op, const OnDevice& device, const FfnCall& call) {
   check_rows(op, call);
   const auto options = call.x.options();
-  const cuda::GemmContext context = context_of(device, call);
+  const Products products{op, device, call};
   FfnRows result{at::empty({call.rows, call.hidden}, options),
                  call.keep_preactivations ? at::empty({call.rows, call.width}, options)
                                           : at::empty({0}, options)};
@@ -95,13 +141,15 @@ FfnRows ffn_forward(const char* op, const OnDevice& device, const FfnCall& call)
   cuda::Epilogue up = activation(cuda::EpilogueKind::kActivate, call, activations);
   up.bias = pointer(up_bias);
   if (call.keep_preactivations) up.kept = result.preactivations.mutable_data_ptr();
-  check_launch(op, cuda::rows_gemm({context, call.hidden, gathered(call.x, call),
-                                    matrix_of(call.up_proj, call.out_dim(), call.in_dim()), up},
-                                   device.stream()));
-  check_launch(op, cuda::rows_gemm({context, call.intermediate, rows_of(activations),
-                                    matrix_of(call.down_proj, call.out_dim(), call.in_dim()),
-                                    store(result.rows, down_bias)},
-                                   device.stream()));
+  const auto product = [&](cuda::RowMatrix rows, const at::Tensor& weight, const at::Tensor& a,
+                           const at::Tensor& b, const cuda::Epilogue& epilogue) {
+    const at::Tensor inner = products.inner(Products::kForward, rows, a);
+    const at::Tensor second = factor_beside(b, weight.stride(call.in_dim()) != 1);
+    products.run(products.through(Products::kForward, rows, weight, inner, second, epilogue));
+  };
+  product(gathered(call.x, call), call.up_proj, call.up_lora_a, call.up_lora_b, up);
+  product(rows_of(activations), call.down_proj, call.down_lora_a, call.down_lora_b,
+          store(result.rows, down_bias));
   if (call.keep_preactivations) zero_tail(op, device, call, result.preactivations);
   return result;
 }
@@ -134,11 +182,11 @@ at::Tensor combine_tokens(const char* op, const OnDevice& device, const FfnCall&
 
 // ---- backward
 
-std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& device,
-                                                const FfnCall& call) {
+Gradients ffn_backward(const char* op, const OnDevice& device, const FfnCall& call) {
   check_rows(op, call);
   const auto options = call.x.options();
-  const cuda::GemmContext context = context_of(device, call);
+  const Products products{op, device, call};
+  const cuda::GemmContext& context = products.context;
   const auto& wanted = call.wanted;
   const bool weighted = call.weights.defined();
   const cuda::Dtype weights_dtype = weighted ? dtype_of(call.weights) : cuda::Dtype::f32;
@@ -147,18 +195,23 @@ std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& 
   const cuda::RowMatrix dy = weighted ? gathered(call.upstream, call) : rows_of(call.upstream);
   const cuda::RowMatrix x = gathered(call.x, call);
 
-  std::array<at::Tensor, kGradients> gradients;
+  Gradients gradients;
   gradients.fill(at::empty({0}, options));
 
   // dA and what follows from it: dH, w A, and the parts of the routing weights' gradient.
   at::Tensor dh, wa;
-  const bool want_dh = wanted[kX] || wanted[kUpProj] || wanted[kUpBias];
+  at::Tensor dy_b;  // dy B^T of down_proj's low-rank part
+  const bool want_dh =
+      wanted[kX] || wanted[kUpProj] || wanted[kUpBias] || wanted[kUpLoraA] || wanted[kUpLoraB];
+  const bool want_wa = wanted[kDownProj] || wanted[kDownLoraA] || wanted[kDownLoraB];
   if (want_dh) dh = at::empty({call.rows, call.width}, options);
-  if (wanted[kDownProj]) wa = at::empty({call.rows, call.intermediate}, options);
-  if (want_dh || wanted[kDownProj] || wanted[kWeights]) {
-    cuda::RowsGemm gemm{context, call.hidden, dy,
-                        matrix_of(call.down_proj, call.in_dim(), call.out_dim()),
-                        activation(cuda::EpilogueKind::kBackward, call, wa)};
+  if (want_wa) wa = at::empty({call.rows, call.intermediate}, options);
+  if (want_dh || want_wa || wanted[kWeights]) {
+    dy_b = products.inner(Products::kBackward, dy, call.down_lora_b);
+    const at::Tensor down_a =
+        factor_beside(call.down_lora_a, call.down_proj.stride(call.out_dim()) == 1);
+    cuda::RowsGemm gemm = products.through(Products::kBackward, dy, call.down_proj, dy_b, down_a,
+                                           activation(cuda::EpilogueKind::kBackward, call, wa));
     cuda::Epilogue& e = gemm.epilogue;
     e.kept = const_cast<void*>(call.preactivations.const_data_ptr());
     e.dh = want_dh ? dh.mutable_data_ptr() : nullptr;
@@ -173,7 +226,7 @@ std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& 
       score_parts = at::empty({tiles, call.rows}, options.dtype(wide ? at::kDouble : at::kFloat));
       e.score_parts = score_parts.mutable_data_ptr();
     }
-    check_launch(op, cuda::rows_gemm(gemm, device.stream()));
+    products.run(gemm);
     if (wanted[kWeights]) {
       const at::Tensor down_bias = contiguous(call.down_bias);
       at::Tensor& dweights = gradients[kWeights];
@@ -187,27 +240,47 @@ std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& 
     }
   }
 
+  at::Tensor dh_b;  // dh B^T of up_proj's low-rank part
+  if (wanted[kX] || wanted[kUpLoraA]) {
+    dh_b = products.inner(Products::kBackward, rows_of(dh), call.up_lora_b);
+  }
   if (wanted[kX]) {
     const at::Tensor dx_rows = at::empty({call.rows, call.hidden}, options);
-    check_launch(op, cuda::rows_gemm(
-                         {context, call.width, rows_of(dh),
-                          matrix_of(call.up_proj, call.in_dim(), call.out_dim()), store(dx_rows)},
-                         device.stream()));
+    const at::Tensor up_a = factor_beside(call.up_lora_a, call.up_proj.stride(call.out_dim()) == 1);
+    products.run(products.through(Products::kBackward, rows_of(dh), call.up_proj, dh_b, up_a,
+                                  store(dx_rows)));
     gradients[kX] = combine_tokens(op, device, call, dx_rows, {});
   }
 
-  // A weight's gradient has its shape, whichever way it lies.
-  const auto weight_gradient = [&](Gradient which, const at::Tensor& weight,
-                                   cuda::RowMatrix out_rows, cuda::RowMatrix in_rows) {
-    gradients[which] = at::empty(weight.sizes(), options);
-    check_launch(op,
-                 cuda::weight_gradient(
-                     {context, weight.size(1), weight.size(2), call.transposed ? in_rows : out_rows,
-                      call.transposed ? out_rows : in_rows, gradients[which].mutable_data_ptr()},
-                     device.stream()));
+  // out_e = sum over e's rows of left right^T, of the shape of `like`.
+  const auto weight_gradient = [&](Gradient which, const at::Tensor& like, cuda::RowMatrix left,
+                                   cuda::RowMatrix right) {
+    gradients[which] = at::empty(like.sizes(), options);
+    check_launch(op, cuda::weight_gradient({context, like.size(1), like.size(2), left, right,
+                                            gradients[which].mutable_data_ptr()},
+                                           device.stream()));
   };
-  if (wanted[kUpProj]) weight_gradient(kUpProj, call.up_proj, rows_of(dh), x);
-  if (wanted[kDownProj]) weight_gradient(kDownProj, call.down_proj, dy, rows_of(wa));
+  const auto full_gradient = [&](Gradient which, const at::Tensor& weight, cuda::RowMatrix out_rows,
+                                 cuda::RowMatrix in_rows) {
+    weight_gradient(which, weight, call.transposed ? in_rows : out_rows,
+                    call.transposed ? out_rows : in_rows);
+  };
+  // Of a factor B, whose rows go with what the factor A makes of `in_rows`.
+  const auto second_gradient = [&](Gradient which, const at::Tensor& a, const at::Tensor& b,
+                                   cuda::RowMatrix in_rows, cuda::RowMatrix out_rows) {
+    const at::Tensor inner = products.inner(Products::kForward, in_rows, a);
+    weight_gradient(which, b, rows_of(inner), out_rows);
+  };
+  if (wanted[kUpProj]) full_gradient(kUpProj, call.up_proj, rows_of(dh), x);
+  if (wanted[kDownProj]) full_gradient(kDownProj, call.down_proj, dy, rows_of(wa));
+  if (wanted[kUpLoraA]) weight_gradient(kUpLoraA, call.up_lora_a, x, rows_of(dh_b));
+  if (wanted[kDownLoraA]) weight_gradient(kDownLoraA, call.down_lora_a, rows_of(wa), rows_of(dy_b));
+  if (wanted[kUpLoraB]) {
+    second_gradient(kUpLoraB, call.up_lora_a, call.up_lora_b, x, rows_of(dh));
+  }
+  if (wanted[kDownLoraB]) {
+    second_gradient(kDownLoraB, call.down_lora_a, call.down_lora_b, rows_of(wa), dy);
+  }
 
   const auto bias_gradient = [&](Gradient which, int64_t columns, cuda::RowMatrix rows,
                                  const at::Tensor& weights) {

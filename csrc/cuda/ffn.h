@@ -24,8 +24,7 @@ struct FfnRows {
 FfnRows ffn_forward(const char* op, const OnDevice& device, const FfnCall& call);
 
 // Of shape (0) where the call does not ask for it, or where there is no such tensor.
-std::array<at::Tensor, kGradients> ffn_backward(const char* op, const OnDevice& device,
-                                                const FfnCall& call);
+Gradients ffn_backward(const char* op, const OnDevice& device, const FfnCall& call);
 
 // out (T, H) = every token's rows, by `weights` (T, K) or, where that is undefined, by 1.
 at::Tensor combine_tokens(const char* op, const OnDevice& device, const FfnCall& call,

@@ -16,10 +16,9 @@ std::array<at::Tensor, 2> grouped_ffn(Arguments& args) {
   return {result.rows, result.preactivations};
 }
 
-std::array<at::Tensor, 5> grouped_ffn_backward(Arguments& args) {
+GradientsOfRows grouped_ffn_backward(Arguments& args) {
   const FfnCall call = read_ffn(args);
-  const auto g = ffn_backward(args.op(), OnDevice(call.x), call);
-  return {g[kX], g[kUpProj], g[kDownProj], g[kUpBias], g[kDownBias]};
+  return without_weights(ffn_backward(args.op(), OnDevice(call.x), call));
 }
 
 }  // namespace

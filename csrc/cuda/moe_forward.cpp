@@ -18,7 +18,7 @@ std::array<at::Tensor, 2> moe_forward(Arguments& args) {
           result.preactivations};
 }
 
-std::array<at::Tensor, kGradients> moe_backward(Arguments& args) {
+Gradients moe_backward(Arguments& args) {
   const FfnCall call = read_ffn(args);
   return ffn_backward(args.op(), OnDevice(call.x), call);
 }

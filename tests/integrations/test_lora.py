@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_ext import reference
-from support.oracle import ROUTINGS, assert_within_bound, draw_experts, relative_error, unit
+from support.oracle import ROUTINGS, assert_within_bound, relative_error, unit
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -82,7 +81,7 @@ def test_layouts_and_gates(gate, is_transposed, has_bias, has_post_expert_norm, 
     else:
         assert_as_peft(model, draw(), torch.float64)
     assert [rank for _, rank in handed] == [R, R]
-    assert taken == ["called" if gate in test_experts.CALLED else "fused with LoRA"]
+    assert taken == ["called" if gate in test_experts.CALLED else "fused"]
 
 
 @pytest.mark.parametrize("gate", ("swiglu", "gpt_oss", "relu2", "unknown"))
@@ -317,23 +316,6 @@ def test_nothing_but_sentinels(gate):
     assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("has_bias", (False, True))
-@pytest.mark.parametrize("is_combined", (False, True))
-def test_lora_ffn_is_an_op(is_combined, has_bias):
-    tokens, hidden, wide, inner, e = 5, 4, 6, 3, 3
-    plan = reference.capacity_scatter(draw_experts(tokens, e, 2, "sentinels"), e)
-    up = unit(e, hidden, wide), unit(e, wide) if has_bias else None
-    down = unit(e, inner, hidden), unit(e, hidden) if has_bias else None
-    tensors = (
-        unit(tokens, hidden), torch.rand(tokens, 2) if is_combined else None,
-        *up, unit(e, hidden, 2), unit(e, 2, wide), *down, None, None,
-    )  # fmt: skip
-    for needs in (True, False):
-        args = [t if t is None else t.detach().requires_grad_(needs) for t in tensors]
-        options = ("swiglu", 0.7, 1.702, 1.0, False, True, needs)
-        torch.library.opcheck(torch.ops.moe_ext_transformers.lora_ffn, (*args, *plan, *options))
-
-
 # ---- what is not known -----------------------------------------------------------------
 
 
@@ -435,7 +417,7 @@ def test_under_expert_parallelism_a_rank_takes_its_own_experts(rank, monkeypatch
     """PEFT's factors are of all experts; the module has E / P, whose parameter's mesh says which."""
     wrapper = next(m for m in adapted_experts().modules() if isinstance(m, ParamWrapper))
     experts, half = wrapper.get_base_layer(), wrapper.num_experts // 2
-    everyones = lora._low_rank(wrapper, ["default"], lora._local(wrapper, experts))
+    everyones = lora._low_rank(wrapper, ["default"], experts)
     assert len(everyones.a) == wrapper.num_experts
 
     experts.num_experts = half
@@ -448,6 +430,6 @@ def test_under_expert_parallelism_a_rank_takes_its_own_experts(rank, monkeypatch
     )
     parameter = SimpleNamespace(device_mesh=mesh, dtype=wrapper.get_param().dtype)
     monkeypatch.setattr(wrapper, "get_param", lambda: parameter)
-    own = lora._low_rank(wrapper, ["default"], lora._local(wrapper, experts))
+    own = lora._low_rank(wrapper, ["default"], experts)
     of_rank = slice(rank * half, (rank + 1) * half)
     assert torch.equal(own.a, everyones.a[of_rank]) and torch.equal(own.b, everyones.b[of_rank])

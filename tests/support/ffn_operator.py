@@ -151,7 +151,7 @@ class FFNOperator(FFNStage):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             self.call(leaves, plan, activation=activation)
-        for name in PARAMETERS:
+        for name in PARAMETERS[:4]:
             kept.pop(leaves[name].data_ptr(), None)
         width = (2 if activation == "swiglu" else 1) * I
         index = 4 * ((E + 1) + T * K + T * K)

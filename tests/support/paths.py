@@ -5,9 +5,7 @@ from unittest import mock
 
 from moe_ext.integrations.transformers import experts
 
-PATHS = dict(
-    moe_forward="fused", grouped_ffn="fused", lora_ffn="fused with LoRA", called_ffn="called"
-)
+PATHS = dict(moe_forward="fused", grouped_ffn="fused", called_ffn="called")
 
 
 @contextlib.contextmanager

@@ -106,6 +106,9 @@ struct Kernels {
   void (*matmul_block)(const Block<S>& c, const Block<P>& a, const Weight& w, int64_t n0,
                        Scratch scratch);
 
+  // to += from, blocks of the same shape.
+  void (*add_block)(const Block<S>& to, const Block<S>& from);
+
   // Of a block without packed rows: the even columns, and the odd ones.
   void (*unweave)(const Block<S>& even, const Block<S>& odd, const Block<S>& both);
 

@@ -177,3 +177,14 @@ void store_block(const RowsOut& to, const Block<T>& from, const T* bias) {
     }
   });
 }
+
+template <class T>
+void add_block(const Block<T>& to, const Block<T>& from) {
+  const Product<T> sums(to), more(from);
+  for (int64_t i = 0; i < sums.ld * to.cols; ++i) sums.data[i] += more.data[i];
+  for (int64_t r = 0; r < sums.others.rows; ++r) {
+    T* row = sums.others.data + r * sums.others.ld;
+    const T* other = more.others.data + r * more.others.ld;
+    for (int64_t c = 0; c < to.cols; ++c) row[c] += other[c];
+  }
+}

@@ -2,10 +2,9 @@
 
 template <class P, class S = Sum<P>>
 constexpr Kernels<P> products() {
-  return {packed_rows<P>,      load_block<P>,     store_block<S>, matmul_block<P>,
-          unweave<S>,          activate_block<P>, load_rows<P>,   store_rows<S>,
-          matmul<P>,           matmul_scratch<P>, outer<P>,       outer_scratch<P>,
-          activate_backward<P>};
+  return {packed_rows<P>,    load_block<P>,     store_block<S>,   matmul_block<P>,     add_block<S>,
+          unweave<S>,        activate_block<P>, load_rows<P>,     store_rows<S>,       matmul<P>,
+          matmul_scratch<P>, outer<P>,          outer_scratch<P>, activate_backward<P>};
 }
 
 template <class A>

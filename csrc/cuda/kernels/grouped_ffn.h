@@ -3,13 +3,14 @@
 // An expert's FFN, forward and backward, is two kinds of grouped matrix product:
 //
 //   RowsGemm        out[r] = W_e a[r]          for every row r, e its expert (r by r, or a
-//                                              gathered through an index)
+//                   (+ B_e b[r])               gathered through an index)
 //   WeightGradient  out_e = sum over e's rows r of p[r] q[r]^T
 //
 // Forward is two RowsGemms: up_proj with the gate in its epilogue, then down_proj.
 // Backward: dA = dy W_down with the gate's derivative in its epilogue, dX rows =
-// dH W_up, and a WeightGradient for each of the two weights. How a weight lies in memory
-// (transposed, [gate; up], interleaved) is strides and column numbers, never a copy.
+// dH W_up, and a WeightGradient for each of the two weights. A low-rank part of a weight, W_e
+// + B_e A_e, is a product of its own, b = A_e a, and then the second sum. How a weight lies in
+// memory (transposed, [gate; up], interleaved) is strides and column numbers, never a copy.
 //
 // Which kernel runs a product is decided in one table, in grouped_ffn.cu. It knows only
 // what the host knows: `expert_offsets` is read on the device.
@@ -93,11 +94,17 @@ struct GemmContext {
   const int32_t* expert_offsets;
 };
 
-struct RowsGemm {
-  GemmContext context;
+// W_e a[r] for every row r.
+struct Product {
   int64_t k;  // length of a's rows
   RowMatrix a;
   ExpertMatrix w;
+};
+
+struct RowsGemm {
+  GemmContext context;
+  Product full;
+  Product low_rank;  // added into the same accumulators; a without an index; k of 0: none
   Epilogue epilogue;
 };
 

@@ -1,7 +1,8 @@
 // rows x weight for a handful of rows, as in decoding: each chosen expert's weights are
 // streamed once, past rows that stay in the caches.
 //
-//   acc[r][n] = sum over k of a[r][k] W_e(n, k), then the epilogue; W along k in memory
+//   acc[r][n] = sum over k of a[r][k] W_e(n, k), plus the same of the low-rank part, then
+//               the epilogue; W along k in memory
 //
 // With so few rows the weights' bytes are the time, and what it takes is many loads in
 // flight on all multiprocessors. So a warp owns only kColumns columns of W (with a gate: of
@@ -80,29 +81,34 @@ __global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int col
                          warp * (columns_of_block(e) / kWarps);
   if (column >= e.columns) return;
 
-  // A column past the last one is the last one again: read in bounds, and never stored.
-  const T* w[kColumns];
-#pragma unroll
-  for (int c = 0; c < kColumns; ++c) {
+  // Where a weight has its column c. One past the last is the last again: read in bounds, and
+  // never stored.
+  const auto column_of = [&](const ExpertMatrix& weight, int c) {
     const int64_t mine = min(column + (paired ? c / 2 : c), e.columns - 1);
     const int64_t n = !paired ? mine : (c % 2 ? e.at.up : e.at.gate) + mine * e.at.step;
-    w[c] = static_cast<const T*>(g.w.data) + tile.expert * g.w.expert_stride + n * g.w.n_stride;
-  }
+    return static_cast<const T*>(weight.data) + tile.expert * weight.expert_stride +
+           n * weight.n_stride;
+  };
+  const T* w[kColumns];
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) w[c] = column_of(g.full.w, c);
   // Rows that the tile does not have, or that are no token's, are not read: their sums stay 0.
   const T* a[kRows];
   unsigned present = 0;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = tile.row + min(r, tile.rows - 1);
-    const int from = g.a.index ? g.a.index[row] : row;
-    const bool is_there = !g.a.index || leads(from, g.a.limit);
+    const RowMatrix& rows = g.full.a;
+    const int from = rows.index ? rows.index[row] : row;
+    const bool is_there = !rows.index || leads(from, rows.limit);
     present |= static_cast<unsigned>(is_there && r < tile.rows) << r;
-    a[r] = static_cast<const T*>(g.a.data) + static_cast<int64_t>(is_there ? from : 0) * g.a.stride;
+    a[r] =
+        static_cast<const T*>(rows.data) + static_cast<int64_t>(is_there ? from : 0) * rows.stride;
   }
 
   C sum[kRows * kColumns] = {};
-  for (int64_t k = lane * kPack; k < g.k; k += kWarpSize * kPack) {
-    const int count = g.k - k < kPack ? static_cast<int>(g.k - k) : kPack;
+  for (int64_t k = lane * kPack; k < g.full.k; k += kWarpSize * kPack) {
+    const int count = g.full.k - k < kPack ? static_cast<int>(g.full.k - k) : kPack;
     C weight[kColumns][kPack];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) load_neighbours<T, kPack>(weight[c], w[c] + k, count);
@@ -116,6 +122,22 @@ __global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int col
 #pragma unroll
         for (int i = 0; i < kPack; ++i) sum[r * kColumns + c] += value[i] * weight[c][i];
       }
+    }
+  }
+
+  // A rank is short, and the factor may lie either way: an element a lane.
+#pragma unroll 1
+  for (int64_t k = lane; k < g.low_rank.k; k += kWarpSize) {
+    const Product& p = g.low_rank;
+    C weight[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) weight[c] = to_compute(column_of(p.w, c)[k * p.w.k_stride]);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= tile.rows) break;
+      const C value = to_compute(static_cast<const T*>(p.a.data)[(tile.row + r) * p.a.stride + k]);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) sum[r * kColumns + c] += value * weight[c];
     }
   }
 
@@ -139,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int col
 // ---- launcher ------------------------------------------------------------------------
 
 inline bool takes(const RowsGemm& g) {
-  return g.context.tokens <= kMostTokens && !g.context.batch_invariant && g.w.k_stride == 1 &&
+  return g.context.tokens <= kMostTokens && !g.context.batch_invariant && g.full.w.k_stride == 1 &&
          g.context.dtype != Dtype::f64 && g.epilogue.kind != EpilogueKind::kBackward;
 }
 

@@ -1,7 +1,8 @@
 // The experts' products in ordinary arithmetic: for float64 and float32, and for half types
 // of sizes, strides and alignments that tensor cores cannot take. Any layout is right here.
 //
-//   rows_gemm_simt        acc[r][n] = sum over k of a[r][k] W_e(n, k), then the epilogue
+//   rows_gemm_simt        acc[r][n] = sum over k of a[r][k] W_e(n, k), plus the same of the
+//                         low-rank part, then the epilogue
 //   weight_gradient_simt  out_e[m][n] = sum over e's rows r of p[r][m] q[r][n]
 //
 // Grid: one block a tile of kTile x kTile accumulators, found by tiles.cuh, in one
@@ -148,30 +149,35 @@ __global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int col
   const int lanes = paired ? 2 * columns : columns;
 
   __shared__ int row_of[kTile];
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread < tile.rows) {
-    const int row = tile.row + thread;
-    const int from = g.a.index ? g.a.index[row] : row;
-    row_of[thread] = !g.a.index || leads(from, g.a.limit) ? from : -1;
-  }
-  __syncthreads();
-
-  const T* a = static_cast<const T*>(g.a.data);
-  const T* w = static_cast<const T*>(g.w.data) + tile.expert * g.w.expert_stride;
   C acc[kOwn][kOwn] = {};
-  multiply(
-      acc, g.k, true,
-      [&](int lane, int64_t k) {
-        return lane < tile.rows && row_of[lane] >= 0 ? to_compute(a[row_of[lane] * g.a.stride + k])
-                                                     : C(0);
-      },
-      g.w.k_stride == 1,
-      [&](int lane, int64_t k) {
-        return lane < lanes
-                   ? to_compute(
-                         w[weight_column(e, paired, n0, lane) * g.w.n_stride + k * g.w.k_stride])
-                   : C(0);
-      });
+#pragma unroll 1
+  for (int part = 0; part < 2; ++part) {
+    const Product p = part == 0 ? g.full : g.low_rank;
+    if (p.k == 0) continue;
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < tile.rows) {
+      const int row = tile.row + thread;
+      const int from = p.a.index ? p.a.index[row] : row;
+      row_of[thread] = !p.a.index || leads(from, p.a.limit) ? from : -1;
+    }
+    __syncthreads();
+    const T* a = static_cast<const T*>(p.a.data);
+    const T* w = static_cast<const T*>(p.w.data) + tile.expert * p.w.expert_stride;
+    multiply(
+        acc, p.k, true,
+        [&](int lane, int64_t k) {
+          return lane < tile.rows && row_of[lane] >= 0
+                     ? to_compute(a[row_of[lane] * p.a.stride + k])
+                     : C(0);
+        },
+        p.w.k_stride == 1,
+        [&](int lane, int64_t k) {
+          return lane < lanes
+                     ? to_compute(
+                           w[weight_column(e, paired, n0, lane) * p.w.n_stride + k * p.w.k_stride])
+                     : C(0);
+        });
+  }
 
   const int ty = threadIdx.x / kSquare, tx = threadIdx.x % kSquare;
 #pragma unroll

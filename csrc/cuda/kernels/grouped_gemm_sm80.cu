@@ -31,13 +31,16 @@ bool fits(int64_t row_tiles, int64_t columns) {
 
 bool sm80_takes(const RowsGemm& gemm) {
   const Dtype dtype = gemm.context.dtype;
-  const ExpertMatrix& w = gemm.w;
   const int64_t columns = gemm.epilogue.columns;
-  const bool k_major = w.k_stride == 1;
-  return has_dtype(gemm.context) && is_aligned(gemm.a, gemm.k, dtype) &&
-         (k_major || (w.n_stride == 1 && is_aligned(columns, dtype))) && is_aligned(w.data) &&
-         is_aligned(k_major ? w.n_stride : w.k_stride, dtype) &&
-         is_aligned(w.expert_stride, dtype) && gemm.k * size_of(dtype) <= kMost &&
+  const bool k_major = gemm.full.w.k_stride == 1;
+  const auto takes = [&](const Product& p) {
+    return is_aligned(p.a, p.k, dtype) &&
+           (k_major ? p.w.k_stride == 1 : p.w.n_stride == 1 && is_aligned(columns, dtype)) &&
+           is_aligned(p.w.data) && is_aligned(k_major ? p.w.n_stride : p.w.k_stride, dtype) &&
+           is_aligned(p.w.expert_stride, dtype) && p.k * size_of(dtype) <= kMost;
+  };
+  return has_dtype(gemm.context) && takes(gemm.full) &&
+         (gemm.low_rank.k == 0 || takes(gemm.low_rank)) &&
          fits(most_row_tiles(gemm.context.rows, gemm.context.experts, sm80::kFewestRows),
               2 * columns);
 }

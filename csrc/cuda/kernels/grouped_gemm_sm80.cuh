@@ -1,6 +1,7 @@
 // Grouped matrix products on tensor cores, for sm_80 and up.
 //
-//   rows_gemm_sm80        out[r] = epilogue(W_e a[index[r]]) for the rows r of expert e
+//   rows_gemm_sm80        out[r] = epilogue(W_e a[index[r]] + B_e b[r]) for the rows r of
+//                         expert e, the second sum only with a low-rank part
 //   weight_gradient_sm80  out_e = sum over e's rows r of p[r] q[r]^T
 //
 // A block of 4 (kM = 256: 8) warps owns kM x 128 of the result: kM rows of one expert and
@@ -98,12 +99,7 @@ struct Mainloop {
     return threadIdx.x / kWarpSize % Shape::kWarpsN;
   }
 
-  // acc = the sum over `depth` tiles of k of a b^T.
-  template <class LoaderA, class LoaderB>
-  static __device__ __forceinline__ void run(Smem& smem, LoaderA& load_a, LoaderB& load_b,
-                                             int depth, Accumulators& acc) {
-    const FragmentReader<ATile, Side::kA, Shape::kWarpM> read_a(warp_m() * Shape::kWarpM);
-    const FragmentReader<BTile, Side::kB, Shape::kWarpN> read_b(warp_n() * Shape::kWarpN);
+  static __device__ __forceinline__ void clear(Accumulators& acc) {
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
@@ -112,7 +108,14 @@ struct Mainloop {
         for (int c = 0; c < 4; ++c) acc[i][j][c] = 0.0f;
       }
     }
+  }
 
+  // acc += the sum over `depth` tiles of k of a b^T.
+  template <class LoaderA, class LoaderB>
+  static __device__ __forceinline__ void run(Smem& smem, LoaderA& load_a, LoaderB& load_b,
+                                             int depth, Accumulators& acc) {
+    const FragmentReader<ATile, Side::kA, Shape::kWarpM> read_a(warp_m() * Shape::kWarpM);
+    const FragmentReader<BTile, Side::kB, Shape::kWarpN> read_b(warp_n() * Shape::kWarpN);
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) {
       if (stage < depth) {
@@ -157,7 +160,7 @@ struct Mainloop {
       full = full + 1 == kStages ? 0 : full + 1;
       empty = empty + 1 == kStages ? 0 : empty + 1;
     }
-    __syncthreads();  // from here on the stages' memory is `staged`: every copy has landed
+    __syncthreads();  // every copy has landed and been read: the stages' memory is free
   }
 
   // Four columns of a staged row, as 16 bytes; a row's place in the banks depends on it:
@@ -251,37 +254,43 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   if (tile.expert < 0) return;
 
   const TileColumns columns(gemm.epilogue, tile.column_tile);
-  const int k_bytes = static_cast<int>(gemm.k * sizeof(T));
-  const char* a = static_cast<const char*>(gemm.a.data);
-  KMajorLoader<typename Loop::ATile, Shape::kThreads> load_a(
-      [&](int row) -> const char* {
-        if (row >= tile.rows) return nullptr;
-        const int64_t from = gemm.a.index ? gemm.a.index[tile.row + row] : tile.row + row;
-        if (gemm.a.index && !leads(from, gemm.a.limit)) return nullptr;
-        return a + from * gemm.a.stride * sizeof(T);
-      },
-      k_bytes, a);
-  const char* w = static_cast<const char*>(gemm.w.data) +
-                  tile.expert * gemm.w.expert_stride * static_cast<int64_t>(sizeof(T));
-  const int depth = (k_bytes + Shape::kBytesK - 1) / Shape::kBytesK;
   typename Loop::Accumulators acc;
-  if constexpr (kMajorB == Major::kK) {
-    KMajorLoader<typename Loop::BTile, Shape::kThreads> load_b(
-        [&](int n) -> const char* {
-          const auto run = columns.at(n);
-          return run.left > 0 ? w + run.column * gemm.w.n_stride * sizeof(T) : nullptr;
+  Loop::clear(acc);
+#pragma unroll 1
+  for (int part = 0; part < 2; ++part) {
+    const Product p = part == 0 ? gemm.full : gemm.low_rank;
+    if (p.k == 0) continue;
+    const int k_bytes = static_cast<int>(p.k * sizeof(T));
+    const char* a = static_cast<const char*>(p.a.data);
+    KMajorLoader<typename Loop::ATile, Shape::kThreads> load_a(
+        [&](int row) -> const char* {
+          if (row >= tile.rows) return nullptr;
+          const int64_t from = p.a.index ? p.a.index[tile.row + row] : tile.row + row;
+          if (p.a.index && !leads(from, p.a.limit)) return nullptr;
+          return a + from * p.a.stride * sizeof(T);
         },
-        k_bytes, w);
-    Loop::run(smem, load_a, load_b, depth, acc);
-  } else {
-    constexpr int kElements = 16 / sizeof(T);
-    MnMajorLoader<typename Loop::BTile, Shape::kThreads, false> load_b(
-        [&](int chunk) -> const char* {
-          const auto run = columns.at(chunk * kElements);
-          return run.left > 0 ? w + run.column * sizeof(T) : nullptr;
-        },
-        gemm.w.k_stride * sizeof(T), nullptr, 0, static_cast<int>(gemm.k), w);
-    Loop::run(smem, load_a, load_b, depth, acc);
+        k_bytes, a);
+    const char* w = static_cast<const char*>(p.w.data) +
+                    tile.expert * p.w.expert_stride * static_cast<int64_t>(sizeof(T));
+    const int depth = (k_bytes + Shape::kBytesK - 1) / Shape::kBytesK;
+    if constexpr (kMajorB == Major::kK) {
+      KMajorLoader<typename Loop::BTile, Shape::kThreads> load_b(
+          [&](int n) -> const char* {
+            const auto run = columns.at(n);
+            return run.left > 0 ? w + run.column * p.w.n_stride * sizeof(T) : nullptr;
+          },
+          k_bytes, w);
+      Loop::run(smem, load_a, load_b, depth, acc);
+    } else {
+      constexpr int kElements = 16 / sizeof(T);
+      MnMajorLoader<typename Loop::BTile, Shape::kThreads, false> load_b(
+          [&](int chunk) -> const char* {
+            const auto run = columns.at(chunk * kElements);
+            return run.left > 0 ? w + run.column * sizeof(T) : nullptr;
+          },
+          p.w.k_stride * sizeof(T), nullptr, 0, static_cast<int>(p.k), w);
+      Loop::run(smem, load_a, load_b, depth, acc);
+    }
   }
 
   const Epilogue& e = gemm.epilogue;
@@ -353,6 +362,7 @@ __global__ void __launch_bounds__(Rows128::kThreads, Rows128::kBlocks)
       loader(static_cast<typename Loop::ATile*>(nullptr), gradient.p, tile.row, gradient.m);
   auto load_q = loader(static_cast<typename Loop::BTile*>(nullptr), gradient.q, column, gradient.n);
   typename Loop::Accumulators acc;
+  Loop::clear(acc);
   Loop::run(smem, load_p, load_q, (rows + Loop::ATile::kDepth - 1) / Loop::ATile::kDepth, acc);
 
   T* out = static_cast<T*>(gradient.out) + tile.expert * gradient.m * gradient.n;
@@ -398,8 +408,8 @@ cudaError_t choose_rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
 
 template <class T>
 cudaError_t rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
-  return gemm.w.k_stride == 1 ? choose_rows_gemm<T, Major::kK>(gemm, stream)
-                              : choose_rows_gemm<T, Major::kMN>(gemm, stream);
+  return gemm.full.w.k_stride == 1 ? choose_rows_gemm<T, Major::kK>(gemm, stream)
+                                   : choose_rows_gemm<T, Major::kMN>(gemm, stream);
 }
 
 template <class T>

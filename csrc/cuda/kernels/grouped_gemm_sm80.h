@@ -8,7 +8,7 @@ namespace moe_ext::cuda {
 
 // bfloat16 and float16, and float32 where tf32 is allowed; operands that 16-byte copies
 // can read: one stride of 1, all others, the addresses and the length along the stride of 1
-// multiples of 16 bytes.
+// multiples of 16 bytes; a low-rank part that lies like the full one.
 bool sm80_takes(const RowsGemm& gemm);
 bool sm80_takes(const WeightGradient& gradient);
 

@@ -12,10 +12,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ...functional import capacity_scatter, grouped_ffn, moe_forward, weighted_combine
 from ...reference import accumulation_dtype
+from ...types import ExpertParameters
 from . import quantised
 from .gates import fused_activation
 from .lora import install, low_rank_of
-from .lora_ffn import lora_ffn
 from .observing import observe
 from .unfused import called_ffn
 
@@ -58,8 +58,8 @@ def experts_forward(
     Differentiable in hidden_states, top_k_weights and the module's parameters.
     """
     up, up_bias, down, down_bias = parameters_of(self)
-    parameters = (up, down, up_bias, down_bias)
-    lora = [low_rank_of(self, name) for name in matrices_of(self)]
+    factors = [low_rank_of(self, name) or (None, None) for name in matrices_of(self)]
+    parameters = ExpertParameters(up, down, up_bias, down_bias, *factors[0], *factors[1])
     x = hidden_states.to(up.dtype)
     weights = top_k_weights.to(accumulation_dtype(x.dtype))
     plan = capacity_scatter(top_k_index, self.num_experts)
@@ -68,11 +68,7 @@ def experts_forward(
     has_norm = getattr(self, "has_post_expert_norm", False)  # since transformers 5.19 or later
     is_combined = activation is not None and not has_norm
     if activation is None:
-        y = called_ffn(self, x, plan, *parameters, *lora)
-    elif any(lora):
-        y = lora_ffn(
-            x, weights if is_combined else None, plan, *parameters, *lora, activation=activation
-        )
+        y = called_ffn(self, x, plan, *parameters)
     elif is_combined:
         y = moe_forward(x, weights, plan, *parameters, activation=activation)
     else:

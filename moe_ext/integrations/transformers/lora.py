@@ -61,7 +61,7 @@ def _handing_over(activate):
                 yield
             return
         attribute = _attribute(self.parameter_name)
-        setattr(experts, attribute, _low_rank(self, adapters, _local(self, experts)))
+        setattr(experts, attribute, _low_rank(self, adapters, experts))
         try:
             yield
         finally:
@@ -98,15 +98,19 @@ def _local(wrapper, experts):
     return slice(start, start + count)
 
 
-def _low_rank(wrapper, adapters, local):
+def _low_rank(wrapper, adapters, experts):
     """PEFT keeps A as (E r, in), the expert slowest, and B as (out, r E), the expert fastest."""
-    experts, dtype = wrapper.num_experts, wrapper.get_param().dtype
+    count, dtype, local = wrapper.num_experts, wrapper.get_param().dtype, _local(wrapper, experts)
     a, b = [], []
     for name in adapters:
         weight_a, weight_b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-        a.append(weight_a.to(dtype).unflatten(0, (experts, -1))[local].transpose(1, 2))
-        by_expert = weight_b.to(dtype).unflatten(1, (-1, experts)).permute(2, 1, 0)[local]
-        b.append(by_expert.contiguous() * wrapper.scaling[name])
+        a.append(weight_a.to(dtype).unflatten(0, (count, -1))[local].transpose(1, 2))
+        by_expert = weight_b.to(dtype).unflatten(1, (-1, count)).permute(2, 1, 0)[local]
+        # B lies as the stack does, so that no product has to turn it over.
+        by_expert = (
+            by_expert.contiguous() if experts.is_transposed else by_expert.mT.contiguous().mT
+        )
+        b.append(by_expert * wrapper.scaling[name])
     return LowRank(_side_by_side(a, 2), _side_by_side(b, 1))
 
 

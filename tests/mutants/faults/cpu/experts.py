@@ -4,9 +4,10 @@ from mutants.fault import collection
 
 FAULTS, faults = collection()
 
-GROUPED, FORWARD = (
+GROUPED, FORWARD, LOW_RANK = (
     "tests/test_grouped_ffn.py::TestNumbers::",
     "tests/test_moe_forward.py::TestNumbers::",
+    "tests/test_moe_forward.py::TestLowRank::",
 )
 # For what only some of them run.
 INSTRUCTION_SETS = "tests/test_instruction_sets.py"
@@ -70,8 +71,8 @@ fault(
 )
 fault(
     "rows of one element: columns that alternate are taken from packed rows",
-    "call_.spec.interleaved && !along_k_ &&",
-    "call_.spec.interleaved &&",
+    "call.spec.interleaved && !along_k_ &&",
+    "call.spec.interleaved &&",
     GROUPED + "test_rows_of_one_element",
 )
 fault(
@@ -102,8 +103,8 @@ fault(
 )
 fault(
     "backward: a frozen expert's weight gradient is computed all the same",
-    "wanted[kUpProj] ? backward.up_proj() : none",
-    "backward.up_proj()",
+    "if (call.wanted[g] && g != kWeights)",
+    "if ((call.wanted[g] || g == kUpProj) && g != kWeights)",
     "tests/test_grouped_ffn.py::TestOperator::test_only_needed_gradients",
 )
 fault(
@@ -304,4 +305,44 @@ fault(
     "total[c] += sum[c];",
     "total[c] = sum[c];",
     GROUPED + "test_rows_an_expert",
+)
+
+# ---- LoRA beside the matrices ----------------------------------------------------------------
+
+fault = faults("csrc/cpu/ffn_forward.cpp", LOW_RANK + "test_layouts")
+fault("the factors add nothing", "    kernel_.add_block(c, more);\n", "")
+fault(
+    "up takes the gate's columns of B",
+    "add(up, c0, up_begin);",
+    "add(up, c0, 0);",
+)
+fault(
+    "packed rows meet a B that lies across",
+    "b_(packs || skips ? along_k(b) : b)",
+    "b_(skips ? along_k(b) : b)",
+    LOW_RANK + "test_ranks",
+)
+fault = faults("csrc/cpu/ffn.cpp")
+fault(
+    "packed rows meet a rank of 1 whose stride says nothing",
+    "factor.size(k_dim) == 1 ? 1 : factor.stride(k_dim)",
+    "factor.stride(k_dim)",
+    LOW_RANK + "test_ranks",
+)
+fault = faults("csrc/cpu/ffn_backward.cpp", LOW_RANK + "test_layouts")
+fault(
+    "backward: the activations' gradient misses the factors",
+    "if (down_low_rank) add(",
+    "if (false) add(",
+)
+fault(
+    "backward: x A stands for dh B^T",
+    "sum_of_products(call_.up_lora_a, tokens(), dh_b_.rows())",
+    "sum_of_products(call_.up_lora_a, tokens(), x_a_.rows())",
+)
+fault(
+    "backward: a factor that does not fit into one product has its first columns alone",
+    "n < rank; n += NC",
+    "n < std::min(rank, NC); n += NC",
+    LOW_RANK + "test_ranks",
 )

@@ -142,7 +142,7 @@ fault(
 )
 fault("all experts are active", "r.top_k / r.num_experts", "1.0")
 fault = faults("moe_ext/flops.py", "tests/test_flops.py")
-fault("what is frozen costs FLOPs", " + up * wants_x + up * wants_up", " + 2 * up")
+fault("what is frozen costs FLOPs", "(up + up_a) * dx + up * dup", "(up + up_a) * dx + up")
 
 # ---- edges -----------------------------------------------------------------------------------
 

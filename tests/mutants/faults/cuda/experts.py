@@ -57,8 +57,8 @@ fault(
 )
 fault(
     "accumulators go where a slower warp still reads its operands",
-    "    __syncthreads();  // from here on",
-    "    // from here on",
+    "    __syncthreads();  // every copy has landed and",
+    "    // every copy has landed and",
     MANY_ORDERS,
 )
 fault(
@@ -218,7 +218,7 @@ fault(
 )
 fault(
     "a pack past the end of a row",
-    "const int count = g.k - k < kPack ? static_cast<int>(g.k - k) : kPack;",
+    "const int count = g.full.k - k < kPack ? static_cast<int>(g.full.k - k) : kPack;",
     "const int count = kPack;",
     DECODE + "test_sizes",
 )
@@ -253,8 +253,8 @@ fault = faults(
 )
 fault(
     "rows are looked up after they are used",
-    "leads(from, g.a.limit) ? from : -1;\n  }\n  __syncthreads();",
-    "leads(from, g.a.limit) ? from : -1;\n  }",
+    "leads(from, p.a.limit) ? from : -1;\n    }\n    __syncthreads();",
+    "leads(from, p.a.limit) ? from : -1;\n    }",
 )
 fault(
     "a slice is read before it is there",
@@ -347,7 +347,7 @@ fault(
 fault = faults("csrc/cuda/kernels/grouped_gemm_sm80.cuh", NO_TOKEN)
 fault(
     "rows of no token are copied into a tile",
-    "if (gemm.a.index && !leads(from, gemm.a.limit)) return nullptr;",
+    "if (p.a.index && !leads(from, p.a.limit)) return nullptr;",
     "",
 )
 fault = faults("csrc/cuda/kernels/operand_tiles.cuh", NO_TOKEN)
@@ -363,4 +363,32 @@ fault(
     "a row of no assignment has a weight",
     "const bool has_one = assignment >= 0 && assignment < e.assignments;",
     "const bool has_one = true;",
+)
+
+# ---- LoRA beside the matrices ----------------------------------------------------------------
+
+LOW_RANK = "tests/test_moe_forward.py::TestLowRank::"
+
+fault = faults("csrc/cuda/kernels/grouped_gemm_sm80.cuh", LOW_RANK + "test_layouts")
+fault("the factors add nothing, on tensor cores", "part < 2; ++part", "part < 1; ++part")
+fault = faults("csrc/cuda/kernels/grouped_gemm_simt.cuh", LOW_RANK + "test_layouts")
+fault("the factors add nothing", "part < 2; ++part", "part < 1; ++part")
+fault = faults("csrc/cuda/kernels/grouped_gemm_decode.cuh", LOW_RANK + "test_few_tokens")
+fault(
+    "of a rank the terms past a warp's lanes are left out",
+    "k < g.low_rank.k; k += kWarpSize",
+    "k < g.low_rank.k; k += g.low_rank.k",
+)
+fault = faults("csrc/cuda/kernels/grouped_gemm_sm80.cu", LOW_RANK + "test_ranks")
+fault(
+    "tensor cores take factors that 16-byte copies cannot read",
+    "(gemm.low_rank.k == 0 || takes(gemm.low_rank))",
+    "true",
+)
+fault = faults("csrc/cuda/ffn.cpp", LOW_RANK + "test_layouts")
+fault("backward: dx misses the factors", "call.up_proj, dh_b, up_a,", "call.up_proj, {}, up_a,")
+fault(
+    "backward: B's gradient takes the rows of A's",
+    "second_gradient(kDownLoraB, call.down_lora_a, call.down_lora_b, rows_of(wa), dy)",
+    "weight_gradient(kDownLoraB, call.down_lora_b, rows_of(dy_b), dy)",
 )

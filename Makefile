@@ -11,7 +11,9 @@
 #   make peers    installs other libraries' experts in build/peers: half an hour, 14 GB, most
 #                 of it kt_kernel's; ARGS="sglang ggml" chooses
 #   make bench-peers  the experts beside those; ARGS go to benchmarks/bench_peers.py
-#   make installed  builds a source archive, installs it elsewhere, runs its self-test
+#   make wheel    a source archive and from it a wheel, in build/wheel, which is installed in a
+#                 fresh venv and runs its self-test there
+#   make docs     the documentation as a site, in build/docs; a dead link fails it
 #   make kernels  compiles the parts without torch alone, through CMake
 #   make clean    removes all of it
 #
@@ -37,13 +39,14 @@ ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip -qq --disable-pip-version-check
+QUIET_PIP := -m pip -qq --disable-pip-version-check
+PIP := $(RUN) $(QUIET_PIP)
 CPP_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
 # xdist fills the cores with processes; a thread each is then the fastest.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: test demo finetune lint format mutants bench bench-models peers bench-peers installed \
+.PHONY: test demo finetune lint format mutants bench bench-models peers bench-peers wheel docs \
         kernels build clean emulated nvcc cuda-import gpu gpu-build gpu-tests gpu-sanitizer \
         gpu-bench gpu-dry
 
@@ -74,6 +77,8 @@ bench-peers: build
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(RUN) tests/import_cycles.py
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
 
 format: $(VENV)/ready
@@ -81,11 +86,18 @@ format: $(VENV)/ready
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
-installed: $(VENV)/ready
-	rm -rf build/installed && mkdir -p build/installed
-	$(RUN) setup.py --quiet sdist --dist-dir build/installed
-	$(PIP) install --no-build-isolation --no-deps --target build/installed/site build/installed/moe_ext-*.tar.gz
-	cd build/installed/site && ../../../$(RUN) -m moe_ext
+wheel: $(VENV)/ready
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(RUN) setup.py --quiet sdist --dist-dir build/wheel
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel build/wheel/moe_ext-*.tar.gz
+	$(call new-venv,build/wheel/venv)
+	build/wheel/venv/bin/python $(QUIET_PIP) install build/wheel/moe_ext-*.whl
+	cd build/wheel && venv/bin/python -m moe_ext
+
+# Not --quiet, under which --strict sees no warning. Without the theme's notice of its successor.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/ready
+	$(VENV)/bin/mkdocs build --strict
 
 # KERNELS="moe_ext_cpu_kernels moe_ext_emulator" leaves the rest out.
 kernels:
@@ -119,7 +131,7 @@ $(CUDA_BUILD)/venv/ready:
 	@echo "setting up $(CUDA_BUILD)/venv ($(CUDA_TORCH)) ..."
 	@mkdir -p $(CUDA_BUILD)
 	@$(PYTHON) -m venv $(CUDA_BUILD)/venv
-	@$(CUDA_RUN) -m pip -qq --disable-pip-version-check install $(CUDA_TORCH) 'setuptools>=77' ninja numpy pytest hypothesis
+	@$(CUDA_RUN) $(QUIET_PIP) install $(CUDA_TORCH) 'setuptools>=77' ninja numpy pytest hypothesis
 	@touch $@
 
 # ---- on a GPU ------------------------------------------------------------------------
@@ -150,17 +162,22 @@ gpu-dry: build
 build: $(VENV)/ready
 	@$(RUN) setup.py build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
 
+# A virtual environment with a torch, in the folder $(1).
+define new-venv
+	@echo "setting up $(1) ($(TORCH) unless $(PYTHON) has a torch) ..."
+	@$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2> /dev/null && echo --system-site-packages) $(1)
+	@$(1)/bin/python $(QUIET_PIP) install --upgrade pip
+	@$(1)/bin/python -c 'import torch' 2> /dev/null || $(1)/bin/python $(QUIET_PIP) install $(TORCH)
+endef
+
 $(VENV)/torch:
-	@echo "setting up $(VENV) ($(TORCH) unless $(PYTHON) has a torch) ..."
-	@$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2> /dev/null && echo --system-site-packages) $(VENV)
-	@$(PIP) install --upgrade pip
-	@$(RUN) -c 'import torch' 2> /dev/null || $(PIP) install $(TORCH)
+	$(call new-venv,$(VENV))
 	@touch $@
 
 $(VENV)/ready: $(VENV)/torch pyproject.toml
 	@echo "installing the tools and compiling the library (later only what changed) ..."
 	@$(PIP) install 'setuptools>=77' ninja
-	@$(PIP) install --no-build-isolation --editable '.[test,demo,lint,nvcc]'
+	@$(PIP) install --no-build-isolation --editable '.[test,demo,lint,docs,nvcc]'
 	@touch $@
 
 clean:

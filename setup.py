@@ -116,7 +116,7 @@ def arch_order(arch):
 def git_commit():
     """The commit that is built, "-dirty" where files differ from it, or None."""
     if not (ROOT / ".git").exists():
-        return None  # a source archive, perhaps unpacked inside somebody else's repository
+        return None  # a source archive, perhaps unpacked inside another repository
     command = [
         "git",
         "-C",

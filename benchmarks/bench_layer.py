@@ -2,7 +2,7 @@
 
     python benchmarks/bench_layer.py                    # all shapes, both dtypes
     python benchmarks/bench_layer.py --shapes coarse decode_fine_1 --dtypes float32
-    python benchmarks/bench_layer.py --update-readme    # also writes README's table and chart
+    python benchmarks/bench_layer.py --update-docs      # also the table and the chart
 
 ours   moe_ext.MoE, dropless, without losses: what the peers compute
 peers  transformers' MixtralSparseMoeBlock over the same parameters, its experts
@@ -240,7 +240,7 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", help="results file (default benchmarks/results/layer_cpu.json)")
     parser.add_argument("--dry-run", action="store_true", help="write no results")
-    parser.add_argument("--update-readme", action="store_true")
+    parser.add_argument("--update-docs", action="store_true")
     arguments = parser.parse_args()
 
     if arguments.threads:
@@ -268,8 +268,8 @@ def main():
             print(report_layer.lines(case), flush=True)
             if not arguments.dry_run:
                 harness.merge_results(path, [case], **about)
-    if arguments.update_readme:
-        report_layer.update_readme(path, harness.ROOT / "README.md")
+    if arguments.update_docs:
+        report_layer.update_docs(path)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/bench_models.py                                  # 14 minutes on two cores
     python benchmarks/bench_models.py --models olmoe --dtypes float32 --tasks train
     python benchmarks/bench_models.py --device cuda --memory 60 --tokens 4096
-    python benchmarks/bench_models.py --models --update-readme         # only README's table
+    python benchmarks/bench_models.py --models --update-docs           # only the tables and the chart
 
 A row is one MoE block, router and shared experts included, of the class and the sizes that the
 model has, with random weights. Contestants are `config._experts_implementation`, over the very
@@ -21,9 +21,9 @@ Contestants are timed in turn, round by round; a number is the median over the r
 the median of the rounds' own ratios; outputs are compared before anything is timed. A model whose
 weights take more than a quarter of `--memory` has its experts halved, once or more, as its row
 says: training with `eager` takes four times as much. `batched_mm` copies the weights of every
-token's experts, and is left out where they do not fit. Whoever needs more than `--patience`
-seconds for a call is timed once; and is stopped in its first training step after 8 times as
-long as the fastest takes.
+token's experts, and is left out where they do not fit. A contestant that needs more than
+`--patience` seconds for a call is timed once, and is stopped in its first training step after
+8 times as long as the fastest takes.
 """
 
 import argparse
@@ -211,7 +211,7 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", help="results file (default benchmarks/results/models_cpu.json)")
     parser.add_argument("--dry-run", action="store_true", help="write no results")
-    parser.add_argument("--update-readme", action="store_true")
+    parser.add_argument("--update-docs", action="store_true")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench_models.py --device cuda: torch sees no GPU")
@@ -237,8 +237,9 @@ def main():
             print(report_models.lines(case), flush=True)
             if not arguments.dry_run:
                 harness.merge_results(path, [case], **about)
-    if arguments.update_readme:
-        report_models.update_readme(path, harness.ROOT / "README.md")
+    if arguments.update_docs:
+        report_models.update_docs(path)
+        report_models.update_readme()
 
 
 if __name__ == "__main__":

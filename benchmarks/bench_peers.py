@@ -4,7 +4,7 @@
     python benchmarks/bench_peers.py                        # all: 9 minutes on two cores
     python benchmarks/bench_peers.py --shapes fine --tokens 1 16 --dtypes bfloat16 --dry-run
     python benchmarks/bench_peers.py --peers sglang vllm --shapes coarse --dry-run
-    python benchmarks/bench_peers.py --shapes --update-readme      # only the tables
+    python benchmarks/bench_peers.py --shapes --update-docs        # only the tables
 
 The routing is given: a call takes x (T, H), weights and experts (T, K), and returns y (T, H).
 Ours is `capacity_scatter` and `moe_forward`, what `moe_ext.MoE` runs after its router; the peers
@@ -148,7 +148,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--out", help="results file (default benchmarks/results/peers_ISA.json)")
     parser.add_argument("--dry-run", action="store_true", help="write no results")
-    parser.add_argument("--update-readme", action="store_true")
+    parser.add_argument("--update-docs", action="store_true")
     arguments = parser.parse_args()
     arguments.peers = peers.modules(arguments.peers)
     if arguments.quick:
@@ -166,8 +166,8 @@ def main():
                 print(report_peers.lines(case), flush=True)
                 if not arguments.dry_run:
                     harness.merge_results(path, [case], **about)
-    if arguments.update_readme:
-        report_peers.update_readme(path, harness.ROOT / "README.md")
+    if arguments.update_docs:
+        report_peers.update_docs(path)
 
 
 if __name__ == "__main__":

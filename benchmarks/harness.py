@@ -32,7 +32,7 @@ class TooSlow(Exception):
 
 @contextlib.contextmanager
 def without_collections():
-    """As in timeit: a collection of Python's garbage falls on whoever is timed just then."""
+    """As in timeit: a collection of Python's garbage would fall on one contestant alone."""
     gc.collect()
     gc.disable()
     try:

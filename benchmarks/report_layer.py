@@ -1,6 +1,7 @@
-"""A layer benchmark's results as text, as README's table and as its chart."""
+"""A layer benchmark's results as text, and as a table and a chart of the documentation."""
 
-from readme import (
+from reporting import (
+    PAGE,
     load_pyplot,
     machine_and_versions,
     markdown,
@@ -48,7 +49,7 @@ def lines(case):
 
 
 def table(results):
-    """README's markdown: training shapes, then decoding."""
+    """The page's Markdown: training shapes, then decoding."""
 
     def cells(result):
         peer = f"{result['against_best_peer']:.2f}x ({result['best_peer']})"
@@ -122,5 +123,5 @@ def chart(results, path):
     save_bars(figure, axes, labels, path)
 
 
-def update_readme(results_path, readme):
-    update(results_path, readme, "Speed as a share of the dense bound", table, chart)
+def update_docs(results_path, page=PAGE):
+    update(results_path, page, "Speed as a share of the dense bound", table, chart)

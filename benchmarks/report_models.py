@@ -1,11 +1,19 @@
-"""The published models' results as text, as README's table and as its chart."""
+"""The published models' results as text, and as tables and a chart of the documentation."""
 
-from readme import (
+import json
+import statistics
+
+import harness
+from reporting import (
+    PAGE,
+    README,
+    instruction_set,
     load_pyplot,
     machine_and_versions,
     markdown,
     megabytes,
     milliseconds,
+    put_between,
     save_bars,
     update,
     when_and_at,
@@ -59,7 +67,7 @@ def lines(case):
 
 
 def table(results):
-    """README's markdown, a row a model and dtype."""
+    """The page's Markdown, a row a model and dtype."""
 
     def cell(result):
         return f"{milliseconds(result['seconds']['moe_ext'])}, {best(result)[1]}"
@@ -108,5 +116,39 @@ def chart(results, path):
     save_bars(figure, axes, [f"{case['shape']} {case['dtype']}" for case in cases], path)
 
 
-def update_readme(results_path, readme):
-    update(results_path, readme, "Peers' speed, ours is 1", table, chart)
+def summary(files):
+    """README's table: a row a processor and dtype, over the blocks of its results."""
+
+    def speed(results):
+        times = [min(result["against"].values()) for result in results if result["against"]]
+        if not times:
+            return f"peers {best(results[0])[1].partition(' ')[2]}"
+        mean = statistics.geometric_mean(times)
+        return f"{mean:.2f}x ({min(times):.2f} to {max(times):.2f})"
+
+    def kept(results):
+        shares = []
+        for result in results:
+            saved = result["saved_bytes"]
+            shares.append(saved["moe_ext"] / saved[best(result)[0]])
+        return f"{statistics.geometric_mean(shares):.0%}"
+
+    rows = []
+    for results in files:
+        machine = results["machine"]
+        processor = f"{machine['cpu'].partition('(')[0]}, {instruction_set(machine)}"
+        for dtype in dict.fromkeys(case["dtype"] for case in results["cases"]):
+            tasks = [case["tasks"] for case in results["cases"] if case["dtype"] == dtype]
+            speeds = [speed([of_block[task] for of_block in tasks]) for task in TASKS]
+            share = kept([of_block["train"] for of_block in tasks])
+            rows.append([processor, f"{dtype}, {len(tasks)} blocks", *speeds, share])
+    return "\n".join(markdown(["processor", "dtype", *TASKS.values(), "kept for backward"], rows))
+
+
+def update_docs(results_path, page=PAGE):
+    update(results_path, page, "Peers' speed, ours is 1", table, chart)
+
+
+def update_readme(readme=README):
+    files = sorted(harness.RESULTS.glob("models_cpu*.json"))
+    put_between(readme, "models", summary([json.loads(path.read_text()) for path in files]))

@@ -1,13 +1,13 @@
-"""The peers' results as text, as README's short table, and as a page of all processors'."""
+"""The peers' results as text, as the documentation's short table, and as a page of all processors'."""
 
 import json
 import statistics
 
 import harness
 import peers
-from readme import machine_and_versions, markdown, milliseconds, put_between, when_and_at
+from reporting import PAGE, machine_and_versions, markdown, milliseconds, put_between, when_and_at
 
-PAGE = harness.RESULTS / "peers.md"
+ALL_ROWS = harness.RESULTS / "peers.md"
 FEW = 16  # tokens, up to which a model decodes
 
 
@@ -50,8 +50,7 @@ INTRODUCTION = """\
 `make peers bench-peers` runs the experts alone beside other libraries that have them, with the same
 weights, tokens and routing. A number is that library's time over ours, below 1 where it is faster:
 the geometric mean over three layers, and the lowest. All rows, and every side's error against
-float64: [benchmarks/results/peers.md](benchmarks/results/peers.md). `benchmarks/bench_peers.py`
-says how it measures.
+float64: [peers.md](../benchmarks/results/peers.md). `benchmarks/bench_peers.py` says how it measures.
 """
 
 
@@ -122,13 +121,13 @@ def note(results):
 
 HEAD = """# Other libraries' experts beside ours
 
-Written by `benchmarks/bench_peers.py --update-readme`; its head says how it measures. "Ours" is
+Written by `benchmarks/bench_peers.py --update-docs`; its head says how it measures. "Ours" is
 our time; a peer's number is its time over ours, above 1 where we are faster; in brackets stands
 the error against float64, relative to the norm of y.
 """
 
 
-def page():
+def all_rows():
     """All processors' results that there are, a section each."""
     sections = [HEAD]
     for path in sorted(harness.RESULTS.glob("peers_*.json")):
@@ -137,6 +136,6 @@ def page():
     return "\n".join(sections)
 
 
-def update_readme(path, readme):
-    put_between(readme, "peers_cpu", short_table(json.loads(path.read_text())))
-    PAGE.write_text(page())
+def update_docs(path, page=PAGE):
+    put_between(page, "peers_cpu", short_table(json.loads(path.read_text())))
+    ALL_ROWS.write_text(all_rows())

@@ -1,4 +1,4 @@
-"""Puts finished runs of train_lm.py into benchmarks/results/ and the README's study section.
+"""Puts finished runs of train_lm.py into benchmarks/results/ and docs/training_study.md.
 
 python examples/train_lm.py --sweep --out runs/sweep
 python examples/publish_study.py sweep=runs/sweep      # from now on the runs take its rates
@@ -17,7 +17,13 @@ from comparison import RULE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "training_study.md"
 BEGIN, END = "<!-- study: written by examples/publish_study.py -->", "<!-- /study -->"
+PICTURES = {
+    "loss": "Losses and their differences",
+    "load": "Expert load over steps",
+    "routing": "Drops and entropy over steps",
+}
 COLUMNS = (
     "run | rate | validation loss | parameters | active | tokens per CPU second |"
     " dropped, first to last | entropy at the end | busiest expert"
@@ -36,13 +42,9 @@ def main(arguments):
         for picture in Path(folder).glob("*.png"):
             shutil.copy(picture, RESULTS / f"study_{name}_{picture.name}")
         sections.append(section(name, content))
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if BEGIN not in text:
-        text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN, 1)
+    before, rest = PAGE.read_text().split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    readme.write_text(before + "\n\n".join([BEGIN, RULE, *sections, END]) + after)
+    PAGE.write_text(before + "\n\n".join([BEGIN, RULE, *sections, END]) + after)
 
 
 def in_history(commit):
@@ -68,9 +70,8 @@ def section(name, content):
     lines.append("\n".join(f"- {verdict}" for verdict in content["verdicts"] if verdict != RULE))
     rule = " | ".join("---" if i == 0 else "---:" for i in range(COLUMNS.count("|") + 1))
     lines.append("\n".join([f"| {COLUMNS} |", f"| {rule} |", *map(row, runs.values())]))
-    lines.append(f"![Losses and their differences](benchmarks/results/study_{name}_loss.png)")
-    lines.append(f"![Expert load over steps](benchmarks/results/study_{name}_load.png)")
-    lines.append(f"![Drops and entropy over steps](benchmarks/results/study_{name}_routing.png)")
+    for what, title in PICTURES.items():
+        lines.append(f"![{title}](../benchmarks/results/study_{name}_{what}.png)")
     return "\n\n".join(lines)
 
 

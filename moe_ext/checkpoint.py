@@ -1,12 +1,19 @@
 """Activation checkpointing that keeps the routing of the first forward."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+__all__ = ["checkpoint_policy"]
 
 ROUTING_OPS = ("router_logits", "topk_route", "capacity_scatter")
 
 
-def checkpoint_policy(policy=None):
+def checkpoint_policy(
+    policy: Callable[..., CheckpointPolicy] | None = None,
+) -> tuple[AbstractContextManager, AbstractContextManager]:
     """The `context_fn` for checkpointing a region with `MoE` layers in it.
 
         checkpoint(block, x, use_reentrant=False, context_fn=moe_ext.checkpoint_policy)

@@ -20,9 +20,9 @@ import functools
 import json
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from typing_extensions import dataclass_transform
@@ -306,6 +306,9 @@ class MoEConfig(_Checked):
     losses: LossConfig = LossConfig()
     init_std: float = 0.02
 
+    # (numerator, denominator) of a capacity factor over E, in eval and in training.
+    _ratios: ClassVar[tuple[tuple[int, int] | None, ...]]
+
     def __post_init__(self):
         self._check(check_integer, "hidden_size", "intermediate_size")
         self._check(check_number, "init_std")
@@ -314,16 +317,16 @@ class MoEConfig(_Checked):
                 raise TypeError(
                     f"MoE: {name} must be a {cls.__name__}, got {type(getattr(self, name)).__name__}"
                 )
-        # By mode: torch.compile would trace the fractions of every forward.
+        # Now: torch.compile would trace the fractions of every forward.
         factors = self.capacity.eval_capacity_factor, self.capacity.capacity_factor
         self._put("_ratios", tuple(_ratio(f, self.router.num_experts) for f in factors))
 
     @classmethod
-    def of(cls, hidden_size: int, intermediate_size: int, **options) -> "MoEConfig":
+    def of(cls, hidden_size: int, intermediate_size: int, **options: Any) -> "MoEConfig":
         """The config of a layer's sizes and options side by side, as `MoE` takes them."""
         return cls(hidden_size=hidden_size, intermediate_size=intermediate_size).replace(**options)
 
-    def replace(self, **options) -> "MoEConfig":
+    def replace(self, **options: Any) -> "MoEConfig":
         """The same with other options, each by its name: config.replace(top_k=1, z_loss_coef=1e-3).
 
         A group is an option too: config.replace(losses=LossConfig()). `num_experts_per_tok` is
@@ -371,7 +374,7 @@ class MoEConfig(_Checked):
     def from_json(cls, text: str) -> "MoEConfig":
         return cls.from_dict(json.loads(text))
 
-    def room(self, shape, training):
+    def room(self, shape: Sequence[int], training: bool) -> tuple[int | None, int]:
         """(C or None, num_sequences) of `capacity_scatter`, for an x of this shape."""
         if self.capacity.capacity_scope == "sequence":
             shape = (1, *shape)[-max(len(shape), 2) :]  # one token is a sequence
@@ -380,7 +383,7 @@ class MoEConfig(_Checked):
             tokens, num_sequences = math.prod(shape[:-1]), 1
         return self.rows_per_expert(tokens, training), num_sequences
 
-    def rows_per_expert(self, tokens, training):
+    def rows_per_expert(self, tokens: int, training: bool) -> int | None:
         """C for so many tokens, or None where nothing is dropped.
 
         Exact integers, and symbolic ones for torch.compile.

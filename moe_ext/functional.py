@@ -12,7 +12,7 @@ the backward pass. `gather_rows` copies tokens into plan order, for rows that tr
 T tokens, H hidden size, I intermediate size, E experts, K top_k, C capacity. An
 assignment (t, j) is token t's j-th choice; a row is a kept assignment's place in
 expert order; a `Plan` says which assignment became which row. Row arrays have
-R = min(T*K, E*C*num_sequences) entries, known before any routing; what the plan does
+R = min(T K, E C num_sequences) entries, known before any routing; what the plan does
 not use of them, its tail, holds -1 in indices and 0 in rows.
 
 All functions: the same inputs give the same bits, forward and backward, whatever the
@@ -27,8 +27,11 @@ and the transforms of torch.func raise RuntimeError.
 import contextlib
 import functools
 import re
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from . import reference
 from ._checks import autocast_dtype
@@ -47,6 +50,8 @@ __all__ = [
 ]
 
 ops = torch.ops.moe_ext
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # A plain global: torch.compile traces it (it refuses a ContextVar), and a backward
 # pass that recomputes on one of autograd's own threads sees it.
@@ -54,7 +59,7 @@ _batch_invariant = False
 
 
 @contextlib.contextmanager
-def batch_invariant(enabled=True):
+def batch_invariant(enabled: bool = True) -> Iterator[None]:
     """Inside, a token's output does not depend on which other tokens share its batch.
 
         with moe_ext.batch_invariant():
@@ -86,8 +91,8 @@ def _needs_gradient(*tensors):
 
 
 # A forced path takes the tensors of its own device alone.
-_FORCED = {"cpu": "cpu", "cuda": "cuda"}.get(BACKEND)
-_OTHER = {"cpu": "cuda", "cuda": "cpu"}.get(_FORCED)
+_FORCED = BACKEND if BACKEND in ("cpu", "cuda") else None
+_OTHER = {"cpu": "cuda", "cuda": "cpu"}.get(str(_FORCED))
 
 
 def _check_forced(name, args):
@@ -143,7 +148,7 @@ def _call(name, *args):
         raise TypeError(f"{op}: {argument} must be of type {expected}, got {got}") from None
 
 
-def stage(function):
+def stage(function: Callable[P, T]) -> Callable[P, T]:
     """A function that calls a stage's op; or under MOE_EXT_BACKEND=reference, its counterpart in
     `reference`, which takes the same arguments."""
     if BACKEND != "reference":
@@ -151,8 +156,8 @@ def stage(function):
     plain = getattr(reference, function.__name__.lstrip("_"))
 
     @functools.wraps(function)
-    def in_plain_pytorch(*args, **kwargs):
-        first = next(iter((*args, *kwargs.values())))
+    def in_plain_pytorch(*args: P.args, **kwargs: P.kwargs) -> T:
+        first: Any = next(iter((*args, *kwargs.values())))
         with torch.autocast(first.device.type, enabled=False):
             return plain(*args, **kwargs)
 
@@ -160,7 +165,7 @@ def stage(function):
 
 
 @stage
-def router_logits(x, weight, bias=None):
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """logits = x weight^T + bias, accumulated and returned in float32.
 
     x and weight go in as they are: no float32 copy of x is made or kept for the
@@ -181,19 +186,19 @@ def router_logits(x, weight, bias=None):
 
 @stage
 def topk_route(
-    logits,
-    top_k,
+    logits: Tensor,
+    top_k: int,
     *,
-    selection_bias=None,
-    padding_mask=None,
-    experts=None,
-    score_function="softmax",
-    norm_topk_prob=True,
-    routed_scaling_factor=1.0,
-    n_group=1,
-    topk_group=1,
-    group_score="max",
-):
+    selection_bias: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    experts: Tensor | None = None,
+    score_function: str = "softmax",
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_score: str = "max",
+) -> RouterOutput:
     """Scores, the choice of experts, their weights, and what the losses need: one pass.
 
         s = softmax(logits) or sigmoid(logits)          (E of a token sum to 1, or each in 0..1)
@@ -240,15 +245,15 @@ def topk_route(
 
 @stage
 def capacity_scatter(
-    experts,
-    num_experts,
-    capacity=None,
+    experts: Tensor,
+    num_experts: int,
+    capacity: int | None = None,
     *,
-    weights=None,
-    padding_mask=None,
-    drop_policy="token",
-    num_sequences=1,
-):
+    weights: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    drop_policy: str = "token",
+    num_sequences: int = 1,
+) -> Plan:
     """The plan: which assignment becomes which row, and which are dropped.
 
     Rows are in expert order, and by ascending t*K + j within an expert, whatever
@@ -283,7 +288,7 @@ def capacity_scatter(
 
 
 @stage
-def gather_rows(x, plan):
+def gather_rows(x: Tensor, plan: Plan) -> Tensor:
     """rows[r] = x[row_token[r]]: the tokens in the plan's order, as other ranks want them.
 
     For expert parallelism: what it returns goes through an all-to-all. `grouped_ffn`
@@ -302,7 +307,13 @@ def gather_rows(x, plan):
     return _call("gather_rows", x, plan.row_token, plan.assignment_row)
 
 
-def grouped_ffn(x, plan, *parameters, activation="swiglu", **by_name):
+def grouped_ffn(
+    x: Tensor,
+    plan: Plan,
+    *parameters: Any,
+    activation: Activation | str = "swiglu",
+    **by_name: Any,
+) -> Tensor:
     """Every expert's feed-forward network on its rows, a matrix product an expert.
 
         rows[r] = down_proj[e] phi(up_proj[e] x[row_token[r]] + up_bias[e]) + down_bias[e]
@@ -339,7 +350,7 @@ def _grouped_ffn(x, plan, *parameters, activation):
 
 
 @stage
-def weighted_combine(rows, weights, plan):
+def weighted_combine(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     """y[t] = sum_j weights[t, j] * rows[assignment_row[t, j]], dropped assignments left out.
 
     Args:
@@ -355,7 +366,14 @@ def weighted_combine(rows, weights, plan):
     return _call("weighted_combine", rows, weights, plan.row_assignment, plan.assignment_row)
 
 
-def moe_forward(x, weights, plan, *parameters, activation="swiglu", **by_name):
+def moe_forward(
+    x: Tensor,
+    weights: Tensor,
+    plan: Plan,
+    *parameters: Any,
+    activation: Activation | str = "swiglu",
+    **by_name: Any,
+) -> Tensor:
     """`weighted_combine(grouped_ffn(x, ...), weights, plan)` in one op.
 
         y[t] = sum_j weights[t, j] * FFN_experts[t, j](x[t])        over the kept (t, j)

@@ -11,7 +11,9 @@ import weakref
 import torch
 import torch.distributed as dist
 
-_found = weakref.WeakKeyDictionary()  # model: (the default group of then, its group)
+_found: weakref.WeakKeyDictionary = (
+    weakref.WeakKeyDictionary()
+)  # model: (the default group of then, its group)
 
 
 def is_distributed():

@@ -10,9 +10,11 @@ router: whatever backward pass reaches the layer's output also trains its balanc
 """
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._checks import SCORE_FUNCTIONS, autocast_dtype, check_name, describe
@@ -38,7 +40,7 @@ def balance_loss(counts, score_sums, tokens, top_k):
     return counts.shape[0] * torch.dot(share, score_sums / tokens)
 
 
-def z_loss(logits, padding_mask=None):
+def z_loss(logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
     """mean_t logsumexp(logits_t)^2 over the tokens that are not padding (ST-MoE).
 
     logits: (..., E), any floating dtype; padding_mask: bool (...), True is padding.
@@ -60,13 +62,13 @@ def mean_square(logsumexp, tokens):
 
 
 def load_balancing_loss(
-    logits,
-    experts,
+    logits: Tensor | Sequence[Tensor],
+    experts: Tensor | Sequence[Tensor],
     *,
-    padding_mask=None,
-    score_function="softmax",
-    normalization="assignments",
-):
+    padding_mask: Tensor | None = None,
+    score_function: str = "softmax",
+    normalization: str = "assignments",
+) -> Tensor:
     """The balance loss of one layer, or of several, from their recorded routing.
 
     The loss is E * sum_i f_i * P_i, with P_i the mean score of expert i over the
@@ -238,7 +240,7 @@ def of_forward(layer, x, route, padding_mask, return_routing):
     return weights, aux_loss, z_loss
 
 
-_warned = set()
+_warned: set[str] = set()
 _steps = 0  # of all optimizers; their fused kernels leave a weight's _version as it is
 
 

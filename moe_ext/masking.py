@@ -1,8 +1,10 @@
 """`with moe_ext.padding(mask):` brings a padding mask to layers deep inside a model."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
 
 from ._checks import check_mask, describe
 from ._masks import masked
@@ -12,7 +14,7 @@ __all__ = ["padding"]
 
 
 @contextlib.contextmanager
-def padding(mask, module=None):
+def padding(mask: Tensor | None, module: nn.Module | None = None) -> Iterator[None]:
     """Every `MoE` called inside takes `mask`, unless its own `padding_mask` is given.
 
         with moe_ext.padding(attention_mask == 0):

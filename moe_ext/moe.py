@@ -2,26 +2,29 @@
 
 import itertools
 import warnings
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import inference, losses, pretrained, upcycling
+from . import inference, losses
 from ._checks import check_dtype, check_flag, check_mask, check_routing, check_tokens
 from ._compat import is_exporting
 from ._masks import current_padding
 from .config import MoEConfig
+from .conversions import Convertible
 from .experts import Experts, SharedExperts
 from .functional import capacity_scatter
-from .options import described, with_options
+from .options import config_of, described, with_options
 from .routing import Router, Routing, Settings, renormalize_after_drop
-from .stats import RoutingStats, counting, home
+from .stats import Numbers, RoutingStats, counting, home
+from .types import Device
 
 __all__ = ["MoE"]
 
 
 @with_options
-class MoE(nn.Module):
+class MoE(Convertible, nn.Module):
     """A Mixture of Experts in place of a feed-forward network.
 
         logits = x W_gate^T                          (T, E), accumulated in float32
@@ -66,21 +69,15 @@ class MoE(nn.Module):
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
+    config: MoEConfig  # and each option in it as an attribute, see options.py
+
     def __init__(
-        self, hidden_size, intermediate_size=None, num_experts=8, top_k=None, *,
-        device=None, dtype=None, **options,
+        self, hidden_size: int | MoEConfig, intermediate_size: int | None = None,
+        num_experts: int = 8, top_k: int | None = None, *, device: Device = None,
+        dtype: torch.dtype | None = None, **options: Any,
     ):  # fmt: skip
         super().__init__()
-        if isinstance(hidden_size, MoEConfig):
-            config = hidden_size
-            if (intermediate_size, num_experts, top_k, options) != (None, 8, None, {}):
-                raise TypeError(
-                    "MoE: a config stands for all options: config.replace(...) has others"
-                )
-        else:
-            config = MoEConfig.of(
-                hidden_size, intermediate_size, num_experts=num_experts, top_k=top_k, **options
-            )
+        config = config_of(hidden_size, intermediate_size, num_experts, top_k, options)
         check_dtype("MoE", "dtype", dtype)
         router, experts = config.router, config.experts
         if router.weighs_one:
@@ -91,7 +88,7 @@ class MoE(nn.Module):
                 stacklevel=2,
             )
         self._settings = Settings(config)
-        place = dict(device=device, dtype=dtype)
+        place: dict[str, Any] = dict(device=device, dtype=dtype)
         ffn = dict(
             activation=experts.activation, bias=experts.bias, init_std=config.init_std, **place
         )
@@ -108,92 +105,17 @@ class MoE(nn.Module):
         device = self.gate.weight.device
         self._stats = RoutingStats(router.num_experts, router.bias_update_rate > 0, device)
         # Others that count along, each (in training, in evaluation), read and reset by their owner.
-        self._routing_watchers = []
+        self._routing_watchers: list[tuple[RoutingStats, RoutingStats]] = []
         self.loss_scale = torch.ones((), dtype=torch.float64, device=home(device))
         self._loss_scale_is_set = False
         self._step_seen = None  # see losses.warn_unscaled
 
-    @classmethod
-    def from_dense(cls, ffn, num_experts=8, top_k=None, **options):
-        """An upcycled layer: every expert a copy of a dense FFN, the router fresh.
-
-        Dropless and with weights that sum to 1, K equal experts add up to the one they
-        were copied from, so the layer gives the dense layer's output at the start
-        (Komatsuzaki et al. 2022). Shared experts, if any, start with a down_proj of 0.
-
-        With top_k=1 such a weight would be 1 for ever, and the router could not learn. So it
-        is the score itself (norm_topk_prob=False), scaled to 1 where all scores are equal,
-        and the router starts that close to it (logits of 1e-5; in half precision a 16th
-        of the dtype's eps). norm_topk_prob=True keeps the weight at 1.
-
-        Args:
-            ffn: a module of two linear maps with an activation between them, or of three
-                with a gate (or gate and up in one), under any names: what it computes is
-                found by trying it on a few tokens, with other parameters and without its
-                hooks. Left as it is.
-            num_experts, top_k, **options: of `MoE`; capacity_factor is None (dropless)
-                unless given; device, dtype, biases and mode are the FFN's, and copies of
-                a frozen matrix are frozen.
-            activation: (option) tells which one it is instead of trying all.
-
-        Raises:
-            TypeError, ValueError: ffn is no such module, or on the meta device; the
-                options do not make a token's weights sum to 1; or one of gate and up,
-                which become one parameter, is frozen.
-        """
-        return upcycling.upcycle(cls, ffn, num_experts, top_k, **options)
-
-    @classmethod
-    def from_pretrained_block(
-        cls, path_or_state_dict, layer=None, *, preset=None, device=None, dtype=None, **options
-    ):
-        """The MoE block of one layer of a published system's checkpoint.
-
-            moe = MoE.from_pretrained_block("Mixtral-8x7B-v0.1/", layer=3, preset="mixtral_8x7b")
-
-        What is in the checkpoint is known by its names alone (see `pretrained.FORMATS`):
-        Mixtral, DeepSeek-V2 and V3, Grok-1, Switch Transformers, megablocks' dMoE, one
-        tensor an expert or all in one. Quantised tensors (Grok-1's int8, DeepSeek-V3's
-        float8) are multiplied with the scales beside them.
-
-        Args:
-            path_or_state_dict: a safetensors file, a folder of them with their index, or a
-                dict of tensors. Only what is needed is read.
-            layer: the layer's number; or what stands before the block's names
-                ("decoder.block.1.layer.2.mlp"); or None where nothing does.
-            preset: a name in `presets.PRESETS`, a dict of arguments, or None: all of them
-                are in options. **options: of `MoE`, in place of the preset's.
-            device, dtype: None: the CPU; the checkpoint's dtype, which the router may have
-                for itself (bfloat16 for a quantised one).
-
-        Raises:
-            TypeError, ValueError: an unknown preset, no block there, or tensors that are
-                missing, left over, or of another shape than the arguments make.
-        """
-        return pretrained.from_pretrained_block(
-            cls, path_or_state_dict, layer, preset=preset, device=device, dtype=dtype, **options
-        )
-
-    def export_state_dict(self, format="transformers", layer=None):
-        """The parameters under the names of a published system, {name: tensor}.
-
-        What `from_pretrained_block` reads, bit for bit, and what serving engines do: one
-        tensor an expert in "mixtral", "deepseek", "grok_per_expert" and "switch"; all in
-        one in "transformers", "grok" and "megablocks". Tensors may share the memory of
-        the parameters, as those of `state_dict()` do; safetensors saves them.
-
-        Args:
-            format: a name in `pretrained.FORMATS`.
-            layer: a number or a prefix, as in `from_pretrained_block`; None: bare names.
-
-        Raises:
-            ValueError: an unknown format, or one without a name for a part of this layer.
-        """
-        return pretrained.export_state_dict(self, format, layer)
-
     # ---- the way of a token ------------------------------------------------------
 
-    def forward(self, x, *, padding_mask=None, routing=None, return_routing=False):
+    def forward(
+        self, x: Tensor, *, padding_mask: Tensor | None = None, routing: Routing | None = None,
+        return_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, Routing]:  # fmt: skip
         """The layer's output, in x's shape and dtype.
 
         Args:
@@ -276,7 +198,7 @@ class MoE(nn.Module):
             padding_mask=padding_mask, drop_policy=drop_policy, num_sequences=num_sequences,
         )  # fmt: skip
 
-    def capacity(self, tokens):
+    def capacity(self, tokens: int) -> int | None:
         """C, the most rows of one expert, for so many tokens in the mode that the layer is in.
 
         min(max(ceil(factor * tokens * top_k / num_experts), min_capacity), tokens), or
@@ -302,7 +224,7 @@ class MoE(nn.Module):
 
     # ---- statistics and state ----------------------------------------------------
 
-    def stats(self, reset=False):
+    def stats(self, reset: bool = False) -> Numbers:
         """What the routing did since the last reset, as a dict of floats for any logger.
 
         - drop_rate: share of assignments beyond capacity
@@ -323,7 +245,7 @@ class MoE(nn.Module):
         """
         return self._stats.read(check_flag("MoE.stats", "reset", reset))
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Parameters as at construction, statistics and selection bias at zero; also after to_empty()."""
         for module in (self.gate, self.experts, self.shared_experts):
             if module is not None:
@@ -356,5 +278,5 @@ class MoE(nn.Module):
                 state_dict[renamed] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return described(self.config)

@@ -22,6 +22,17 @@ FIXED = frozenset(
 )  # fmt: skip
 
 
+def config_of(hidden_size, intermediate_size, num_experts, top_k, options):
+    """What `MoE` is told: a config, or the sizes and options of one."""
+    if isinstance(hidden_size, MoEConfig):
+        if (intermediate_size, num_experts, top_k, options) != (None, 8, None, {}):
+            raise TypeError("MoE: a config stands for all options: config.replace(...) has others")
+        return hidden_size
+    return MoEConfig.of(
+        hidden_size, intermediate_size, num_experts=num_experts, top_k=top_k, **options
+    )
+
+
 def with_options(cls):
     """A layer's class with `config` and a property for each option in it, over `_settings`.
 

@@ -1,9 +1,11 @@
 """What every training script asks of a model's parameters: which decay, and how many there are."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import Self
 
 from ._checks import check_flag, check_number, describe
 from .moe import MoE
@@ -25,18 +27,21 @@ class ExpertMatrix(nn.Parameter):
     `stack.grad`, and setting it to None sets that to None.
     """
 
-    def __new__(cls, stack, place):
+    stack: nn.Parameter
+    place: Callable[[Tensor], Tensor]
+
+    def __new__(cls, stack: nn.Parameter, place: Callable[[Tensor], Tensor]) -> Self:
         """place: from a tensor of the stack's shape to the matrix in it, as a view."""
         matrix = torch.Tensor._make_subclass(cls, place(stack.detach()), True)
         matrix.stack, matrix.place = stack, place
         return matrix
 
     @property
-    def grad(self):
+    def grad(self) -> Tensor | None:
         return None if self.stack.grad is None else self.place(self.stack.grad)
 
     @grad.setter
-    def grad(self, grad):
+    def grad(self, grad: Tensor | None) -> None:
         if grad is None:
             self.stack.grad = None
             return
@@ -45,7 +50,9 @@ class ExpertMatrix(nn.Parameter):
         self.place(self.stack.grad).copy_(grad)
 
 
-def parameter_groups(model, weight_decay=0.1, *, expert_matrices=False):
+def parameter_groups(
+    model: nn.Module, weight_decay: float = 0.1, *, expert_matrices: bool = False
+) -> list[dict[str, Any]]:
     """Two groups for an optimizer: what decays, and what does not.
 
         optimizer = torch.optim.AdamW(moe_ext.parameter_groups(model, weight_decay=0.1), lr=3e-4)
@@ -71,15 +78,16 @@ def parameter_groups(model, weight_decay=0.1, *, expert_matrices=False):
     _check_module("parameter_groups", model)
     weight_decay = check_number("parameter_groups", "weight_decay", weight_decay)
     check_flag("parameter_groups", "expert_matrices", expert_matrices)
-    matrices = {}  # by stack
-    kept = set()
+    matrices: dict[nn.Parameter, list[ExpertMatrix]] = {}  # by stack
+    kept: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, MoE):
             gates = [m for m in (module.gate, module.shared_expert_gate) if m is not None]
             kept.update(p for gate in gates for p in gate.parameters())
             if expert_matrices:
                 matrices |= _matrices(module)
-    decayed, rest = [], []
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter not in matrices:
             plain = parameter.dim() < 2 or name.endswith("bias") or parameter in kept
@@ -123,7 +131,7 @@ def _place(expert, part, transposed):
     return lambda stack: (stack[expert].t() if transposed else stack[expert])[part]
 
 
-def count_parameters(model):
+def count_parameters(model: nn.Module) -> Count:
     """(total, active): all parameters, and those that one token meets.
 
     Of each `MoE`'s experts top_k of num_experts are active. Shared parameters count once.
@@ -134,7 +142,8 @@ def count_parameters(model):
     _check_module("count_parameters", model)
     total = sum(p.numel() for p in model.parameters())
     layers = [m for m in model.modules() if isinstance(m, MoE)]
-    share = {p: m.top_k / m.num_experts for m in layers for p in m.experts.parameters()}
+    routers = [(m, m.config.router) for m in layers]
+    share = {p: r.top_k / r.num_experts for m, r in routers for p in m.experts.parameters()}
     idle = sum(round(p.numel() * (1 - used)) for p, used in share.items())
     return Count(total, total - idle)
 

@@ -7,11 +7,24 @@ reads and copies are welcome here; speed is not the point.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .types import Activation, ExpertParameters, Plan, RouterOutput
+
+__all__ = [
+    "accumulate_stats",
+    "capacity_scatter",
+    "gather_rows",
+    "grouped_ffn",
+    "moe_forward",
+    "router_logits",
+    "topk_route",
+    "weighted_combine",
+]
 
 
 def accumulation_dtype(dtype):
@@ -19,7 +32,7 @@ def accumulation_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def router_logits(x, weight, bias=None):
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = accumulation_dtype(torch.promote_types(x.dtype, weight.dtype))
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -55,19 +68,19 @@ def choose_experts(scores, top_k, selection_bias, n_group, topk_group, group_sco
 
 
 def topk_route(
-    logits,
-    top_k,
+    logits: Tensor,
+    top_k: int,
     *,
-    selection_bias=None,
-    padding_mask=None,
-    experts=None,
-    score_function="softmax",
-    norm_topk_prob=True,
-    routed_scaling_factor=1.0,
-    n_group=1,
-    topk_group=1,
-    group_score="max",
-):
+    selection_bias: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    experts: Tensor | None = None,
+    score_function: str = "softmax",
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_score: str = "max",
+) -> RouterOutput:
     logits = logits.to(accumulation_dtype(logits.dtype))
     if padding_mask is not None:  # may hold NaN, and 0 * NaN is NaN on the way back
         logits = logits.masked_fill(padding_mask[:, None], 0)
@@ -110,15 +123,15 @@ def topk_route(
 
 
 def capacity_scatter(
-    experts,
-    num_experts,
-    capacity=None,
+    experts: Tensor,
+    num_experts: int,
+    capacity: int | None = None,
     *,
-    weights=None,
-    padding_mask=None,
-    drop_policy="token",
-    num_sequences=1,
-):
+    weights: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    drop_policy: str = "token",
+    num_sequences: int = 1,
+) -> Plan:
     tokens, top_k = experts.shape
     flat = experts.long()
     if padding_mask is not None:
@@ -134,6 +147,7 @@ def capacity_scatter(
         elif drop_policy == "choice":
             order = assignment.view(tokens, top_k).t().reshape(-1)
         else:
+            assert weights is not None
             key = weights.detach().reshape(-1).double()
             order = (
                 torch.where(key.isnan(), -math.inf, key)
@@ -166,7 +180,7 @@ def capacity_scatter(
     )
 
 
-def gather_rows(x, plan):
+def gather_rows(x: Tensor, plan: Plan) -> Tensor:
     tail = plan.row_token < 0
     return torch.where(tail[:, None], 0.0, x[plan.row_token.clamp(min=0).long()])
 
@@ -205,31 +219,44 @@ def gated_activation(gate, up, activation):
     return ACTIVATIONS[GATES[name]](gate) * (up + up_offset)
 
 
-def linear(x, weight, bias, a, b):
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None
+) -> Tensor:
     """F.linear, with LoRA's factors (in, r) and (r, out) where they are not None."""
     y = F.linear(x, weight, bias)
-    return y if a is None else y + x @ a @ b
+    return y if a is None or b is None else y + x @ a @ b
 
 
-def grouped_ffn(x, plan, *parameters, activation="swiglu", **by_name):
-    parameters = ExpertParameters(*parameters, **by_name)
+def grouped_ffn(
+    x: Tensor,
+    plan: Plan,
+    *parameters: Any,
+    activation: Activation | str = "swiglu",
+    **by_name: Any,
+) -> Tensor:
+    p = ExpertParameters(*parameters, **by_name)
     activation = Activation.of(activation)
+    up_proj, down_proj = p.up_proj, p.down_proj
+    if activation.transposed:
+        up_proj, down_proj = up_proj.mT, down_proj.mT
     offsets = plan.expert_offsets.tolist()
     rows = []
     for expert, (begin, end) in enumerate(zip(offsets, offsets[1:])):
-        up, down, up_bias, down_bias, up_a, up_b, down_a, down_b = (
-            None if t is None else t[expert] for t in parameters
+        beside_up, beside_down = (
+            [None if t is None else t[expert] for t in tensors]
+            for tensors in (
+                (p.up_bias, p.up_lora_a, p.up_lora_b),
+                (p.down_bias, p.down_lora_a, p.down_lora_b),
+            )
         )
-        if activation.transposed:
-            up, down = up.mT, down.mT
         mine = x[plan.row_token[begin:end].long()]
-        a = activate(linear(mine, up, up_bias, up_a, up_b), activation)
-        rows.append(linear(a, down, down_bias, down_a, down_b))
+        a = activate(linear(mine, up_proj[expert], *beside_up), activation)
+        rows.append(linear(a, down_proj[expert], *beside_down))
     rows.append(x.new_zeros(len(plan.row_token) - offsets[-1], x.shape[-1]))
     return torch.cat(rows)
 
 
-def weighted_combine(rows, weights, plan):
+def weighted_combine(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     kept = plan.assignment_row >= 0
     if len(rows) == 0:
         # Zeros, still part of the graph of both.
@@ -240,25 +267,32 @@ def weighted_combine(rows, weights, plan):
     return (torch.where(kept, weights, 0.0).to(dtype)[..., None] * mine).sum(1).to(rows.dtype)
 
 
-def moe_forward(x, weights, plan, *parameters, activation="swiglu", **by_name):
+def moe_forward(
+    x: Tensor,
+    weights: Tensor,
+    plan: Plan,
+    *parameters: Any,
+    activation: Activation | str = "swiglu",
+    **by_name: Any,
+) -> Tensor:
     rows = grouped_ffn(x, plan, *parameters, activation=activation, **by_name)
     return weighted_combine(rows, weights, plan)
 
 
 @torch.no_grad()
 def accumulate_stats(
-    counts,
-    score_sums,
-    totals,
-    step_counts,
-    logits,
-    experts,
-    expert_counts,
-    route_score_sums,
-    assignment_row=None,
-    padding_mask=None,
-    score_function="softmax",
-):
+    counts: Tensor,
+    score_sums: Tensor,
+    totals: Tensor,
+    step_counts: Tensor | None,
+    logits: Tensor,
+    experts: Tensor,
+    expert_counts: Tensor,
+    route_score_sums: Tensor,
+    assignment_row: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    score_function: str = "softmax",
+) -> None:
     """Adds one forward's routing to running sums, all of them changed in place.
 
     `totals` holds tokens, assignments, dropped assignments, tokens that lost all

@@ -3,35 +3,50 @@
 import fnmatch
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from ._checks import describe
+from .config import MoEConfig
 from .dense import NotDenseError, arrangements, linear_maps, read_dense
 from .moe import MoE
 from .upcycling import layer_for, side_by_side, upcycle
 
 __all__ = ["replace_ffn"]
 
+Match = str | type[nn.Module] | Callable[[str, nn.Module], bool] | None
+
 
 @torch.inference_mode(False)
-def replace_ffn(model, num_experts=8, top_k=None, *, match=None, upcycled=True, **options):
+def replace_ffn(
+    model: nn.Module,
+    num_experts: int | MoEConfig = 8,
+    top_k: int | None = None,
+    *,
+    match: Match = None,
+    upcycled: bool = True,
+    **options: Any,
+) -> dict[str, MoE]:
     """Puts an `MoE` in the place of a model's dense feed-forward networks.
 
         swapped = moe_ext.replace_ffn(model, num_experts=8, top_k=2)
         print(*swapped)             # layers.0.mlp layers.1.mlp ...
 
     Args:
-        model: changed in place.
-        num_experts, top_k, **options: of `MoE`; or a config in place of num_experts. Sizes, activation, biases, device, dtype
-            and mode come from each FFN; capacity_factor is None (dropless) unless given.
-        match: which modules: a pattern of their names ("layers.*.mlp"), a class, or a
+        model: Changed in place.
+        num_experts: E; or the `MoEConfig` of such a layer.
+        top_k: K.
+        match: Which modules: a pattern of their names ("layers.*.mlp"), a class, or a
             function (name, module) -> bool. None: every module that computes a dense
             FFN of two or three linear maps. What is inside an `MoE` is left alone.
-        upcycled: every expert starts as a copy of the FFN, and the model computes what
+        upcycled: Every expert starts as a copy of the FFN, and the model computes what
             it did (see `MoE.from_dense`). False: fresh experts, for which `options` may
             have an `intermediate_size` of their own; the model may be on the meta device.
+        **options: Of `MoE`. Sizes, activation, biases, device, dtype and mode come from each
+            FFN; capacity_factor is None (dropless) unless given.
 
     Returns:
         {name: MoE} of what was swapped. A module that stood in two places is the same
@@ -61,7 +76,10 @@ def replace_ffn(model, num_experts=8, top_k=None, *, match=None, upcycled=True, 
             f" copies of the FFN, got {options['intermediate_size']}"
         )
     chosen = _predicate(match)
-    made, places, taken, refused = {}, {}, [], []
+    made: dict[nn.Module, MoE] = {}
+    places: dict[str, MoE] = {}
+    taken: list[str] = []
+    refused: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or any(name.startswith(f"{prefix}.") for prefix in taken):
             continue

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from . import functional
 from ._checks import check_same_device
 from .config import MoEConfig
-from .types import Plan
+from .types import Device, Plan, RouterOutput
 
 __all__ = ["Router", "Routing"]
 
@@ -44,13 +44,17 @@ class Router(nn.Module):
     the module is cast to, because bfloat16 would lose its steps of 1e-3.
     """
 
-    def __init__(self, settings, device=None, dtype=None):
+    def __init__(self, settings: Settings, device: Device = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.settings = settings
         hidden_size, router = settings.config.hidden_size, settings.config.router
-        num_experts, kwargs = router.num_experts, dict(device=device, dtype=dtype)
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, **kwargs))
-        self.bias = nn.Parameter(torch.empty(num_experts, **kwargs)) if router.gate_bias else None
+        num_experts = router.num_experts
+
+        def parameter(*shape):
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.weight = parameter(num_experts, hidden_size)
+        self.bias = parameter(num_experts) if router.gate_bias else None
         correction = None
         if router.score_correction_bias:
             correction = torch.empty(num_experts, device=device, dtype=torch.float32)
@@ -65,16 +69,20 @@ class Router(nn.Module):
     def top_k(self, top_k):
         self.settings.config = self.settings.config.replace(top_k=top_k)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """The weight from a normal distribution of `init_std`; the biases zero."""
         nn.init.normal_(self.weight, std=self.settings.config.init_std)
         for zero in (self.bias, self.e_score_correction_bias):
             if zero is not None:
                 nn.init.zeros_(zero)
 
-    def forward(self, x, padding_mask=None, experts=None):
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, experts: Tensor | None = None
+    ) -> tuple[Tensor, RouterOutput]:
         """Logits and `RouterOutput`; `experts` (T, K) replays a recorded choice."""
-        weight, bias, router = self.weight, self.bias, self.settings.config.router
+        router = self.settings.config.router
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         check_same_device(x, weight)
         dtype = router.router_dtype
         if dtype is not None:
@@ -87,15 +95,16 @@ class Router(nn.Module):
         )  # fmt: skip
         return logits, route
 
-    def float32_bias(self):
+    def float32_bias(self) -> Tensor | None:
         """The selection bias, float32 again where something assigned it in another dtype."""
-        bias = self.e_score_correction_bias
+        bias: Tensor | None = self.e_score_correction_bias
         if bias is not None and bias.dtype != torch.float32:
-            self.e_score_correction_bias = bias = bias.float()
+            bias = bias.float()
+            self.e_score_correction_bias = bias
         return bias
 
     def _apply(self, fn, recurse=True):
-        bias = self.e_score_correction_bias
+        bias: Tensor | None = self.e_score_correction_bias
 
         def keep_float32(tensor):
             changed = fn(tensor)
@@ -109,7 +118,7 @@ class Router(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self.float32_bias()  # assign=True takes any dtype
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         options = {"top_k": self.top_k, **self.settings.config.router.scoring()}
         return ", ".join(
             [f"weight={tuple(self.weight.shape)}", *(f"{k}={v!r}" for k, v in options.items())]

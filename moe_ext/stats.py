@@ -10,10 +10,11 @@ import math
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .functional import stage
 
-__all__ = ["Numbers", "RoutingStats"]
+__all__ = ["Numbers"]
 
 # The slots of `totals`, see accumulate_stats.
 TOKENS, ASSIGNMENTS, DROPPED, LOST_TOKENS, ENTROPY, MAX_LOGIT, FORWARDS = range(7)
@@ -153,7 +154,7 @@ class Numbers(dict):
     `numbers["load"]` gives that tensor too, though it is not among the keys.
     """
 
-    def __init__(self, numbers, load):
+    def __init__(self, numbers: dict[str, float], load: Tensor):
         super().__init__(numbers)
         self.load = load
 

@@ -6,13 +6,25 @@ Each stage runs alone, on inputs that the reference made in float64, so that an
 error shows in the stage that makes it and in no later one.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import functional, reference
-from .types import Plan
+from .moe import MoE
+from .types import Activation, Plan
+
+__all__ = [
+    "Comparison",
+    "Row",
+    "compare",
+    "compare_stages",
+    "error_limit",
+    "evaluate",
+    "relative_error",
+]
 
 
 class Row(NamedTuple):
@@ -24,7 +36,7 @@ class Row(NamedTuple):
     limit: float  # how large it may be
 
     @property
-    def ok(self):
+    def ok(self) -> bool:
         return self.error <= self.limit
 
 
@@ -32,7 +44,7 @@ class Comparison(list):
     """The rows of a comparison; as text a table."""
 
     @property
-    def ok(self):
+    def ok(self) -> bool:
         return all(row.ok for row in self)
 
     def __str__(self):
@@ -48,7 +60,7 @@ class Comparison(list):
     __repr__ = __str__
 
 
-def relative_error(actual, oracle):
+def relative_error(actual: Tensor, oracle: Tensor) -> float:
     """|actual - oracle| / |oracle| in Frobenius norm and float64; inf where actual is not
     zero and the oracle is, or where one of the two is not finite."""
     difference = (actual.detach().double() - oracle.detach().double()).norm().item()
@@ -58,7 +70,7 @@ def relative_error(actual, oracle):
     return difference / norm if norm > 0 and difference < float("inf") else float("inf")
 
 
-def error_limit(baseline_error, dtype):
+def error_limit(baseline_error: float, dtype: torch.dtype) -> float:
     """How far a result may be from float64: 1.5 times the error of plain PyTorch in
     `dtype` (`baseline_error`), but at least 4 eps.
 
@@ -68,7 +80,12 @@ def error_limit(baseline_error, dtype):
     return max(1.5 * baseline_error, floor)
 
 
-def evaluate(function, inputs, frozen=(), cotangents=None):
+def evaluate(
+    function: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    frozen: Collection[str] = (),
+    cotangents: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """{name: tensor}: the outputs of function(**inputs), then `d_<input>` for the gradient
     of every floating input that is not in `frozen` (zeros where autograd gives None).
 
@@ -97,7 +114,7 @@ def evaluate(function, inputs, frozen=(), cotangents=None):
                 t.dtype
             )
     wanted = {name: t for name, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad}
-    gradients = {name: None for name in wanted}
+    gradients: dict[str, Tensor | None] = {name: None for name in wanted}
     if differentiable and wanted:
         found = torch.autograd.grad(
             [output[name] for name in differentiable],
@@ -120,7 +137,7 @@ def in_float64(inputs):
     }
 
 
-def compare(layer, x, padding_mask=None):
+def compare(layer: MoE, x: Tensor, padding_mask: Tensor | None = None) -> Comparison:
     """Runs the stages of a `MoE` layer one by one on x (..., H), as the layer would in
     its present mode: a Comparison.
 
@@ -155,8 +172,16 @@ def compare(layer, x, padding_mask=None):
 
 
 def compare_stages(
-    x, gate, experts, *, top_k, router_dtype=None, routing=None, scatter=None, activation="swiglu"
-):
+    x: Tensor,
+    gate: Mapping[str, Tensor | None],
+    experts: Mapping[str, Tensor | None],
+    *,
+    top_k: int,
+    router_dtype: torch.dtype | None = None,
+    routing: Mapping[str, Any] | None = None,
+    scatter: Mapping[str, Any] | None = None,
+    activation: Activation | str = "swiglu",
+) -> Comparison:
     """`compare` without a layer, on x (T, H) and bare tensors.
 
     gate: weight (E, H), and bias (E) or None. experts: up_proj, down_proj, and

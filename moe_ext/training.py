@@ -2,6 +2,8 @@
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ._checks import check_number, describe
 from .groups import group_of
@@ -11,7 +13,7 @@ from .routing import Router
 __all__ = ["set_loss_scale", "update_router_biases", "update_router_biases_on_step"]
 
 
-def set_loss_scale(model, scale):
+def set_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
     """Sets the factor on the injected losses of every `MoE` in `model`.
 
     An injected gradient does not pass through the loop's own loss, so it knows
@@ -43,7 +45,7 @@ def set_loss_scale(model, scale):
             module._loss_scale_is_set = True
 
 
-def update_router_biases(model, process_group=None):
+def update_router_biases(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
     """Loss-free balancing: moves the selection biases against the load since the last call.
 
         bias_i += bias_update_rate * sign(mean(n) - n_i)
@@ -66,11 +68,14 @@ def update_router_biases(model, process_group=None):
     layers = {
         name: m
         for name, m in model.named_modules()
-        if isinstance(m, MoE) and m.bias_update_rate > 0
+        if isinstance(m, MoE) and m.config.router.bias_update_rate > 0
     }
     routers = {name: next(m.gate.parameters()) for name, m in layers.items()}
     move_biases(
-        [(m._stats, m.bias_update_rate, selection_bias_of(m.gate)) for m in layers.values()],
+        [
+            (m._stats, m.config.router.bias_update_rate, selection_bias_of(m.gate))
+            for m in layers.values()
+        ],
         *group_of("update_router_biases", model, routers, process_group),
     )
 
@@ -98,7 +103,11 @@ def move_biases(layers, reduce=False, process_group=None):
         stats.step_counts.zero_()
 
 
-def update_router_biases_on_step(optimizer, model, process_group=None):
+def update_router_biases_on_step(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    process_group: dist.ProcessGroup | None = None,
+) -> RemovableHandle:
     """Calls `update_router_biases(model, process_group)` after each step of this one optimizer.
 
     Returns the hook's handle; `handle.remove()` ends it.

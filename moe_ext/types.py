@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+Device = torch.device | str | int | None  # as torch takes it
 
 __all__ = ["Activation", "ExpertParameters", "Plan", "RouterOutput"]
 
@@ -68,4 +71,4 @@ class Activation(NamedTuple):
     @classmethod
     def of(cls, activation: "Activation | str") -> "Activation":
         """The record; a name alone leaves the rest as it is."""
-        return activation if isinstance(activation, cls) else cls(activation)
+        return cls(activation) if isinstance(activation, str) else activation

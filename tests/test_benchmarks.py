@@ -63,16 +63,23 @@ def test_every_model_runs_every_task_and_becomes_a_table(small_models, monkeypat
         saved = case["tasks"]["train"]["saved_bytes"]
         assert 0 < saved["moe_ext"] < saved["grouped_mm"] < saved["batched_mm"]
 
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- models_cpu -->\nold\n<!-- /models_cpu -->\nafter\n")
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- models_cpu -->\nold\n<!-- /models_cpu -->\nafter\n")
     monkeypatch.chdir(tmp_path)
-    report_models.update_readme(out.name, readme)  # a path as one types it
-    text = readme.read_text()
+    report_models.update_docs(out.name, page)  # a path as one types it
+    text = page.read_text()
     assert text.startswith("before\n<!-- models_cpu -->\n![") and text.endswith(
         "<!-- /models_cpu -->\nafter\n"
     )
     assert sum("32 × 16, 8 experts, top 2" in line for line in text.splitlines()) == len(cases)
-    assert out.with_suffix(".svg").exists()
+    assert out.with_suffix(".svg").exists() and "](../models_cpu.svg)" in text
+
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- models -->\n<!-- /models -->\nafter\n")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    report_models.update_readme(readme)
+    assert readme.read_text().count(f", {len(published.MODELS)} blocks |") == 2
 
 
 def test_a_table_says_when_every_peer_was_stopped():

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
+
+from moe_ext._load import BACKEND  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -289,3 +292,29 @@ def test_finetuning_of_bad_arguments(corpus):
     assert "--finetune-data: no such file or folder" in missing.stderr
     top_k = run_example("--experts", 2, "--top-k", 3, name="finetune_mixtral.py")
     assert "--top-k must be at most --experts, got 3 of 2" in top_k.stderr
+
+
+@pytest.mark.skipif(BACKEND in ("emulated", "cuda"), reason="it trains for some seconds, on a CPU")
+def test_the_notebook_s_collapse_is_one_and_both_cures_help():
+    """Its cells, run as they stand; they are committed without outputs."""
+    notebook = ROOT / "examples" / "dense_to_moe.ipynb"
+    cells = [
+        cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+    assert not any(cell["outputs"] for cell in cells)
+    threads = torch.get_num_threads()
+    names = {}
+    try:
+        for i, cell in enumerate(cells):
+            exec(compile("".join(cell["source"]), f"{notebook.name}, code cell {i}", "exec"), names)
+    finally:
+        torch.set_num_threads(threads)
+    plots.plt.close(names["figure"])
+    assert names["difference"] < 1e-5  # the outputs are of order 1
+    assert names["moe_loss"] < 0.5 * names["dense_loss"]
+    assert names["healthy"]["dead_experts"] == 0 and names["moe_shares"][-1] < 0.3
+    assert names["collapsed_shares"][-1] > 0.9
+    assert names["collapsed_loss"] > 0.9 * names["dense_loss"]
+    for cure in ("balanced", "biased"):
+        assert names[f"{cure}_shares"][-1] < 0.5
+        assert names[f"{cure}_loss"] < 0.6 * names["collapsed_loss"]

@@ -3,6 +3,7 @@ the forced backends, the diagnosis, the comparison of two paths."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,15 @@ def doctor(folder, **changes):
     new = new[:-1] + b" " * (len(old) - len(new)) + b"}"
     library.unlink()  # never write into a file that may be mapped
     library.write_bytes(content.replace(old, new))
+
+
+def test_a_commit_is_linted_as_make_lint_does():
+    """pre-commit installs the versions of the extra `lint`."""
+    pinned, installed = (
+        set(re.findall(r'"((?:ruff|clang-format)==[^"]+)"', (ROOT / name).read_text()))
+        for name in ("pyproject.toml", ".pre-commit-config.yaml")
+    )
+    assert pinned == installed and len(pinned) == 2
 
 
 class TestBuildInfo:

@@ -82,9 +82,9 @@ def run(monkeypatch, tmp_path):
 def test_all_sides_are_compared_and_become_tables(add_fake, run, monkeypatch, tmp_path):
     add_fake("chatty", "print('{}', flush=True)")
     add_fake("single", "time.sleep(1e-3)", dtypes=("float32",))
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- peers_cpu -->\n<!-- /peers_cpu -->\nafter\n")
-    monkeypatch.setattr(report_peers, "PAGE", tmp_path / "peers.md")
+    page = tmp_path / "benchmarks.md"
+    page.write_text("before\n<!-- peers_cpu -->\n<!-- /peers_cpu -->\nafter\n")
+    monkeypatch.setattr(report_peers, "ALL_ROWS", tmp_path / "peers.md")
     cases = run()
     assert list(cases) == [(f"tiny_{T}", d) for d in ("float32", "bfloat16") for T in (1, 40)]
     for (_, dtype), case in cases.items():
@@ -96,14 +96,14 @@ def test_all_sides_are_compared_and_become_tables(add_fake, run, monkeypatch, tm
         assert case["environments"] == dict.fromkeys(sides)
         assert case["rounds"] == 3
 
-    report_peers.update_readme(tmp_path / "peers_test.json", readme)
-    short = readme.read_text()
+    report_peers.update_docs(tmp_path / "peers_test.json", page)
+    short = page.read_text()
     assert short.startswith("before\n<!-- peers_cpu -->\n") and short.endswith("-->\nafter\n")
     assert short.count("| Fake chatty |") == 2 and short.count("| Fake single |") == 1
-    page = report_peers.PAGE.read_text()
-    assert f"## {harness.instruction_set()}\n" in page
-    assert page.count("\n| 32, 16, 8, 2 |") == len(cases)
-    assert "- Fake single is left out of 2 rows: has no bfloat16" in page
+    rows = report_peers.ALL_ROWS.read_text()
+    assert f"## {harness.instruction_set()}\n" in rows
+    assert rows.count("\n| 32, 16, 8, 2 |") == len(cases)
+    assert "- Fake single is left out of 2 rows: has no bfloat16" in rows
 
 
 def test_a_short_table_has_the_geometric_mean_and_the_lowest(add_fake, monkeypatch):

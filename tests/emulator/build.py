@@ -13,7 +13,7 @@ times, needs no compiling. Four libraries, in build/emulator/<kind>/:
     moe_ext_emulated.so   the ops: csrc/{schema,autograd,moe_infer}.cpp and csrc/cuda/*.cpp,
                           registered for CPU
 
-`checked` instruments every access of the kernels; see README.md.
+`checked` instruments every access of the kernels; see docs/emulator.md.
 """
 
 import importlib.util

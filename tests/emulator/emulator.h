@@ -1,6 +1,6 @@
 // The emulator's face: what device code (through device_code.h and ptx.cuh), the ops
 // (through csrc/cuda/device.h) and the tests (through the C functions at the end) may
-// call. README.md tells how it works.
+// call. docs/emulator.md tells how it works.
 #pragma once
 
 #include <driver_types.h>

@@ -172,8 +172,8 @@ def run(name, forced):
 HEAD = f"""# transformers' own model tests on moe_ext
 
 Written by `python tests/integrations/run_transformers_tests.py`: `ModelTesterMixin` of
-transformers {VERSION}'s source distribution over tiny models, as it is and with moe_ext's function
-in the place of its default, `grouped_mm`, and of `batched_mm`. What is skipped asks for a GPU or a
+transformers {VERSION}'s source distribution over tiny models, as it is, and with moe_ext's function
+in place of its default, `grouped_mm`, and of `batched_mm`. What is skipped asks for a GPU or a
 package, or does not concern the model. The generation and exporter mixins are not in the
 source distribution.
 

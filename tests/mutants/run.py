@@ -44,7 +44,7 @@ from mutants.fault import CHECKED  # noqa: E402
 from mutants.faults import cpu, cuda  # noqa: E402
 
 COPIES = ROOT / "build" / "mutants"
-COPIED = ("moe_ext", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
+COPIED = ("moe_ext", "csrc", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 RESULTS = ROOT / "tests" / "mutants" / "results"
 PROCESSOR_LIMIT = 300  # seconds that the tests of one fault may compute,
 CLOCK_LIMIT = 3600  # and that they may take if they only wait

@@ -151,9 +151,9 @@ def table(kernels, version):
         "# The kernels' resources",
         "",
         f"Written by `make nvcc ARGS=--update` with nvcc {version}; `make nvcc` fails where a kernel",
-        "differs. For every architecture: registers a thread / static shared memory in bytes (what",
-        "a launch asks for dynamically is in the kernels' files) / stack in bytes a thread, where",
-        "arrays with indices known at run time only live. Nothing is spilled.",
+        "differs. For each architecture: registers per thread / bytes of static shared memory (the",
+        "kernels' files say what a launch asks for dynamically) / bytes of stack per thread, where",
+        "arrays live whose indices are known only at run time. Nothing is spilled.",
     ]
     by_name = {}
     for arch, found in kernels.items():

@@ -5,6 +5,9 @@ transformers keeps the experts of a layer in one module, decorated with
 What the experts compute is in the module's flags and its `_apply_gate`.
 """
 
+from typing import Any
+
+from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ...functional import capacity_scatter, grouped_ffn, moe_forward, weighted_combine
@@ -17,7 +20,7 @@ from .observing import observe
 from .unfused import called_ffn
 
 
-def register():
+def register() -> None:
     """Makes `experts_implementation="moe_ext"` a choice for transformers' models.
 
         register()
@@ -34,7 +37,9 @@ def register():
     quantised.install()
 
 
-def experts_forward(self, hidden_states, top_k_index, top_k_weights):
+def experts_forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """y[t] = sum_j top_k_weights[t, j] * FFN_e(hidden_states[t]), e = top_k_index[t, j].
 
     Dropless. Experts whose gate is known run fused, with LoRA adapters or without; others have

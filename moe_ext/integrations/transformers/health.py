@@ -14,6 +14,7 @@ import weakref
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..._checks import check_number, describe
@@ -68,8 +69,9 @@ class RoutingHealth:
     """
 
     def __init__(
-        self, model, *, bias_update_rate=0.0, process_group=None,
-        min_entropy=0.5, max_dead=0.25, max_drop_rate=0.1,
+        self, model: nn.Module, *, bias_update_rate: float = 0.0,
+        process_group: dist.ProcessGroup | None = None, min_entropy: float = 0.5,
+        max_dead: float = 0.25, max_drop_rate: float = 0.1,
     ):  # fmt: skip
         self.rate = check_number("RoutingHealth", "bias_update_rate", bias_update_rate)
         self.process_group = process_group
@@ -85,13 +87,17 @@ class RoutingHealth:
             )
         self.model = model
         self.layers = layers | {name: module for name, (module, *_) in watched.items()}
-        self.counted = {}  # by name: the RoutingStats in training, and in evaluation
+        self.counted: dict[
+            str, tuple[RoutingStats, RoutingStats]
+        ] = {}  # by name: the RoutingStats in training, and in evaluation
         for name, layer in layers.items():
             self._watch(name, layer, layer.num_experts, next(layer.gate.parameters()).device)
         for name, (module, num_experts, device) in watched.items():
             self._watch(name, module, num_experts, device)
-        self.best = defaultdict(dict)  # by name: the best of each number so far
-        self.warned = set()
+        self.best: defaultdict[str, dict[str, float]] = defaultdict(
+            dict
+        )  # by name: the best of each number so far
+        self.warned: set[tuple[str, str]] = set()
 
     def _watch(self, name, module, num_experts, device):
         """For as long as this object lives."""
@@ -114,7 +120,7 @@ class RoutingHealth:
         routers = {name: _router_parameter(self.model, name, m) for name, m in self.layers.items()}
         return group_of("RoutingHealth", self.model, routers, self.process_group)
 
-    def stats(self, reset=False, training=None):
+    def stats(self, reset: bool = False, training: bool | None = None) -> dict[str, Numbers]:
         """{name: what `MoE.stats` gives} over all ranks since the last reset.
 
         Of experts whose router is transformers': without token_entropy and max_logit; the
@@ -144,7 +150,7 @@ class RoutingHealth:
             for (name, module), stats in zip(self.layers.items(), read)
         }
 
-    def summary(self, stats):
+    def summary(self, stats: dict[str, Numbers]) -> dict[str, float]:
         """{name: float} of the worst of all layers, and which one that is.
 
         worst_entropy, worst_max_violation, worst_drop_rate, and dead_experts of all layers
@@ -169,7 +175,7 @@ class RoutingHealth:
             found[f"{name}_layer"] = float(place)
         return found | {"tokens": max(numbers["tokens"] for numbers in stats.values())}
 
-    def check(self, training=None):
+    def check(self, training: bool | None = None) -> dict[str, Numbers]:
         """`stats(reset=True)`, of which the logger "moe_ext" gets the summary at level INFO.
 
         At level DEBUG it gets every layer. Warns once, for each layer and each of these, of
@@ -218,7 +224,7 @@ class RoutingHealth:
         if drops > self.max_drop_rate and drops > 2 * best["drop_rate"]:
             yield "drops rise", f"{drops:.0%} of the assignments, once {best['drop_rate']:.0%}"
 
-    def update_biases(self):
+    def update_biases(self) -> None:
         """Moves every selection bias one step against the load; once an optimizer step.
 
             bias_i += bias_update_rate * sign(mean(n) - n_i)
@@ -230,9 +236,9 @@ class RoutingHealth:
             for name, (router, bias_name) in self.biases.items()
         ]
         for layer in self.layers.values():
-            if isinstance(layer, MoE) and layer.bias_update_rate > 0:
-                bias = layer.gate.e_score_correction_bias
-                moved.append((layer._stats, layer.bias_update_rate, bias))
+            rate = layer.config.router.bias_update_rate if isinstance(layer, MoE) else 0
+            if rate > 0:
+                moved.append((layer._stats, rate, layer.gate.e_score_correction_bias))
         move_biases(moved, *self._group())
 
 

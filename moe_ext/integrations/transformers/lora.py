@@ -120,7 +120,7 @@ def _side_by_side(parts, dim):
 
 # ---- what is not known ---------------------------------------------------------------
 
-_warned = set()
+_warned: set[str] = set()
 
 
 def _has_unknown(wrapper, experts, adapters):

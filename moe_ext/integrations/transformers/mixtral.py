@@ -1,5 +1,8 @@
 """An upcycled Llama as a Mixtral, which transformers and serving engines load without moe_ext."""
 
+import os
+from typing import Any
+
 import transformers  # its models are imported when they are asked for
 
 from ..._checks import describe
@@ -8,7 +11,9 @@ from ...moe import MoE
 OP = "export_mixtral"
 
 
-def export_mixtral(model, folder, **options):
+def export_mixtral(
+    model: transformers.LlamaForCausalLM, folder: str | os.PathLike, **options: Any
+) -> None:
     """Writes a LlamaForCausalLM whose FFNs are `MoE` layers as a Mixtral checkpoint.
 
         moe_ext.replace_ffn(llama, num_experts=8, top_k=2)

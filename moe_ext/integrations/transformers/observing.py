@@ -23,8 +23,8 @@ def observe(experts, top_k_index, top_k_weights):
 
 def count_call(watchers, experts, args, kwargs):
     """A forward pre-hook: what a rank's own router chose, by the experts' ids in the model."""
-    _, index, weights = (*args, *(kwargs[n] for n in ARGUMENTS[len(args) :]))
-    _count(watchers, experts, index, weights)
+    given = {**dict(zip(ARGUMENTS, args)), **kwargs}
+    _count(watchers, experts, given["top_k_index"], given["top_k_weights"])
 
 
 ARGUMENTS = "hidden_states", "top_k_index", "top_k_weights"

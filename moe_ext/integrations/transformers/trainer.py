@@ -1,6 +1,7 @@
 """transformers' Trainer: its logs, its accumulation of gradients, its biases."""
 
 import functools
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
@@ -26,7 +27,7 @@ class RoutingCallback(TrainerCallback):
         **options: of `RoutingHealth`.
     """
 
-    def __init__(self, *, all_layers=False, **options):
+    def __init__(self, *, all_layers: bool = False, **options: Any):
         self.all_layers = check_flag("RoutingCallback", "all_layers", all_layers)
         self.options = options
         self.health = None

@@ -37,7 +37,7 @@ _FAMILY = {
 }
 
 
-def replace(model):
+def replace(model: nn.Module) -> dict[str, nn.Module]:
     """Runs the MoE blocks of a model outside transformers' registry on moe_ext's kernels.
 
         replace(model)              # in place; before an optimizer is made
@@ -60,8 +60,8 @@ def replace(model):
         ValueError: there is nothing to replace, or some experts of a block are frozen and
             others not, which one parameter cannot be.
         RuntimeError: a block is not as in the transformers that this was proven with, or
-            its forward is already someone else's (accelerate's hooks).
-        The model is then unchanged.
+            its forward is already that of something else (accelerate's hooks). In all
+            cases the model is left unchanged.
     """
     found = _modules(model, "replace", lambda module: _path(type(module)) in _FAMILY)
     if not found:
@@ -76,7 +76,7 @@ def replace(model):
     return found
 
 
-def restore(model):
+def restore(model: nn.Module) -> dict[str, nn.Module]:
     """Undoes `replace`: transformers' own classes, names and shapes, with the weights of now.
 
     Raises:

@@ -1,10 +1,11 @@
 """What all replacements have in common."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate
 
 from ..experts import experts_forward
@@ -19,7 +20,7 @@ class Replacement:
     them, and its parameters or properties by their names there.
     """
 
-    forward_arguments = ("self", "hidden_states", "top_k_index", "top_k_weights")
+    forward_arguments: tuple[str, ...] = ("self", "hidden_states", "top_k_index", "top_k_weights")
     has_gate = True
     has_bias = False
     is_transposed = False
@@ -28,7 +29,7 @@ class Replacement:
     computes_experts = True  # rather than calling a module that does
     sentinels_are_drops = False  # whether an id >= num_experts is what its router dropped
 
-    _apply_gate = _default_apply_gate
+    _apply_gate: Callable[..., Tensor] = _default_apply_gate
     forward = experts_forward
 
     def adopt(self):
@@ -148,7 +149,7 @@ class PerExpert(Stacked):
     """
 
     has_gate = False
-    names = {}
+    names: dict[str, str] = {}
 
     @property
     def act_fn(self):

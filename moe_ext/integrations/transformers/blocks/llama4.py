@@ -6,7 +6,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4
 from .base import Replacement
 
 
-class Experts(Replacement, Llama4TextExperts):
+class Experts(Replacement, Llama4TextExperts):  # type: ignore[misc]  # our `MoE` calls its forward
     """Called by `MoE` below, with the registry's arguments."""
 
     forward_arguments = ("self", "hidden_states")

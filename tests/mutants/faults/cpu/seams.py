@@ -140,7 +140,7 @@ fault(
     "stack[expert].t() if transposed",
     "stack[expert] if transposed",
 )
-fault("all experts are active", "m.top_k / m.num_experts", "1.0")
+fault("all experts are active", "r.top_k / r.num_experts", "1.0")
 fault = faults("moe_ext/flops.py", "tests/test_flops.py")
 fault("what is frozen costs FLOPs", "(up + up_a) * dx + up * dup", "(up + up_a) * dx + up")
 

@@ -1,8 +1,13 @@
-"""What the benchmarks' reports share: numbers as text, tables, charts, and README's markers."""
+"""What the benchmarks' reports share: numbers as text, tables, charts, places in the documentation."""
 
 import json
+import os
 import re
 from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
 
 
 def milliseconds(seconds):
@@ -13,12 +18,15 @@ def megabytes(size):
     return f"{size / 1e6:.3g} MB" if size < 999.5e6 else f"{size / 1e9:.3g} GB"
 
 
+def instruction_set(machine):
+    return machine.get("instruction_set", machine["capability"])
+
+
 def machine_and_versions(machine):
     where = f"{machine['gpu']}, CUDA {machine['cuda']}; " if "gpu" in machine else ""
-    instructions = machine.get("instruction_set", machine["capability"])
     return (
         f"{where}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads,"
-        f" {instructions}; torch {machine['torch']},"
+        f" {instruction_set(machine)}; torch {machine['torch']},"
         f" transformers {machine['transformers']}, Python {machine['python']}"
     )
 
@@ -61,26 +69,26 @@ def save_bars(figure, axes, labels, path):
     figure.savefig(path, metadata={"Date": None})
 
 
-def put_between(readme, marker, text):
-    """Writes text between README's markers of that name."""
-    readme = Path(readme)
+def put_between(page, marker, text):
+    """Writes text between a page's markers of that name."""
+    page = Path(page)
     new, count = re.subn(
         rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)",
         lambda match: f"{match[1]}{text}\n{match[2]}",
-        readme.read_text(),
+        page.read_text(),
         flags=re.DOTALL,
     )
     if count != 1:
-        raise ValueError(f"{readme} must have one pair of {marker} markers, found {count}")
-    readme.write_text(new)
+        raise ValueError(f"{page} must have one pair of {marker} markers, found {count}")
+    page.write_text(new)
 
 
-def update(results_path, readme, title, table, chart):
+def update(results_path, page, title, table, chart):
     """Draws chart(results, path) beside the results; writes its link and table(results) between
-    README's markers of the results' name."""
-    results_path, readme = Path(results_path).resolve(), Path(readme).resolve()
+    the page's markers of the results' name."""
+    results_path, page = Path(results_path).resolve(), Path(page).resolve()
     results = json.loads(results_path.read_text())
     picture = results_path.with_suffix(".svg")
     chart(results, picture)
-    link = picture.relative_to(readme.parent).as_posix()
-    put_between(readme, results_path.stem, f"![{title}]({link})\n\n{table(results)}")
+    link = Path(os.path.relpath(picture, page.parent)).as_posix()
+    put_between(page, results_path.stem, f"![{title}]({link})\n\n{table(results)}")

@@ -22,7 +22,7 @@ from support.oracle import (
 FACTORS = {"up": ("up_lora_a", "up_lora_b"), "down": ("down_lora_a", "down_lora_b")}
 BOTH = ("up", "down")
 # 1030: more than one product of the CPU has columns. Multiples of 8: tensor cores.
-RANKS = (1, 2, 3, 5, 8, 16, 33, 72, 1030)
+RANKS = (1, 2, 3, 5, 8, 16, 33, 72) + (1030,) * (not ON_GPU)
 
 
 class FFNLowRank(FFNStage):
@@ -61,7 +61,7 @@ class FFNLowRank(FFNStage):
     def test_activations(self, dtype, activation):
         self.check(40, 24, 20, 3, 2, dtype, activation=activation)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
     @pytest.mark.parametrize("transposed", (False, True))
     @pytest.mark.parametrize("rank", RANKS)
     def test_ranks(self, dtype, transposed, rank):
@@ -94,10 +94,9 @@ class FFNLowRank(FFNStage):
         self.check(70, hidden, width, 3, 2, dtype, transposed=transposed)
 
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-    @pytest.mark.parametrize("tokens", (1, 3, 16))
+    @pytest.mark.parametrize("tokens, rank", ((1, 16), (3, 3), (16, 40)))
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("rank", (3, 16, 40))
-    def test_few_tokens(self, dtype, tokens, layout, rank):
+    def test_few_tokens(self, dtype, tokens, rank, layout):
         """Decoding: fewer rows than experts. A gradient of many numbers is made of few ones, a
         rank a row: hence several draws."""
         self.check(tokens, 72, 56, 9, 2, dtype, rank=rank, least=8, **layout)

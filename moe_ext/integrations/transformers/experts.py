@@ -14,10 +14,10 @@ from ...functional import capacity_scatter, grouped_ffn, moe_forward, weighted_c
 from ...reference import accumulation_dtype
 from ...types import ExpertParameters
 from . import quantised
+from .called_gate import called_ffn
 from .gates import fused_activation
 from .lora import install, low_rank_of
 from .observing import observe
-from .unfused import called_ffn
 
 
 def register() -> None:

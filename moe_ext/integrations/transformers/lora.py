@@ -6,7 +6,7 @@ moe_ext get the factors instead and compute, on the rows of each expert e,
 
     x W_e + (x A_e) (s B_e)
 
-Adapters that are not known to mean this go PEFT's way, with one warning that says why.
+PEFT itself computes adapters that may mean something else, and a warning, once, names the reason.
 """
 
 import contextlib

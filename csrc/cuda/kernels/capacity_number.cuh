@@ -156,17 +156,15 @@ static __global__ void __launch_bounds__(kColumns* kGroups) number_kernel(const 
   int32_t* const cells = p.cells + expert;
   int32_t* const first_row = p.first_row + expert;
 
-  int32_t all = 0, kept;
+  int32_t all = 0;
   if (limited) all = admit(p, cells, by_weight ? first_row : cells, active, parts);
+  const int32_t kept = number(s, first_row, active, parts, [&](int64_t segment) {
+    return by_weight ? first_row[segment * s.num_experts] : sum_of_cells(s, cells, segment);
+  });
+  // Which of them stay is still open, so the list has them all: the cells become its numbers.
   if (by_weight) {
-    // Which of them stay is still open, so the list has them all: cells become its numbers.
-    kept = number(s, first_row, active, parts,
-                  [&](int64_t segment) { return first_row[segment * s.num_experts]; });
     number(s, cells, active, parts,
            [&](int64_t segment) { return cells[segment * s.num_experts]; });
-  } else {
-    kept = number(s, first_row, active, parts,
-                  [&](int64_t segment) { return sum_of_cells(s, cells, segment); });
   }
   if (active && threadIdx.y == 0) {
     p.expert_counts[expert] = limited ? all : kept;

@@ -119,9 +119,10 @@ struct Places {
 
 __device__ __forceinline__ Places load_places(const CapacityScatter& p, const Segment& segment) {
   const ScatterShape& s = p.shape;
-  if (!s.counters_in_smem) return {segment.cells, segment.cell_stride};
-  const Places places{&dyn_smem<int32_t>() + s.num_experts, s.num_experts};
-  for (int64_t j = 0; j < s.choices; ++j) {
+  const bool copied = s.counters_in_smem;
+  const Places places{copied ? &dyn_smem<int32_t>() + s.num_experts : segment.cells,
+                      copied ? s.num_experts : segment.cell_stride};
+  for (int64_t j = 0; copied && j < s.choices; ++j) {
     for (int64_t e = threadIdx.x; e < s.num_experts; e += kWarpSize) {
       places.left[j * places.stride + e] = segment.cells[j * segment.cell_stride + e];
     }

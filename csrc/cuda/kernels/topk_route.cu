@@ -87,14 +87,15 @@ __device__ __forceinline__ int32_t next_choice(const Team& team, const TopkRoute
   return mine;
 }
 
-// The tokens of a team, each from its row of logits to its weights. `place` is the team's, in
-// the block; `value` and `key` are for a row, `sums` adds up the scores of all rows.
+// The tokens of a team, each from its row of logits to its weights. `value` and `key` are for a
+// row, `sums` adds up the scores of all rows.
 template <class A, class Team, class Values, class Keys>
-__device__ __forceinline__ void route_tokens(const Team& team, const TopkRoute<A>& p, int place,
+__device__ __forceinline__ void route_tokens(const Team& team, const TopkRoute<A>& p,
                                              const TeamMemory<A>& memory, Values& value, Keys& key,
                                              Values& sums) {
   const RouteOptions& o = p.options;
   const int E = static_cast<int>(o.num_experts), K = static_cast<int>(o.top_k);
+  const int place = threadIdx.x / Team::kLanes;  // the team's, in the block
   const Tokens tokens(p);
   // All teams go round equally often, the last time perhaps without a token of their own:
   // what is a whole warp's, all lanes call.
@@ -180,7 +181,7 @@ __device__ __forceinline__ void write_block_sums(const Team& team, const TopkRou
 template <class A, int kLanes, int kPerLane>
 __global__ void __launch_bounds__(kRouteThreads, 1) topk_route_kernel(const TopkRoute<A> p) {
   using Team = RegisterTeam<kLanes, kPerLane>;
-  const int thread = threadIdx.x, place = thread / kLanes;  // the team's, in the block
+  const int thread = threadIdx.x, place = thread / kLanes;
   const Team team{thread % kLanes, static_cast<int>(p.options.num_experts)};
   auto& smem = dyn_smem<RouteSmem<A, Team>>();
   for (int e = thread; e < team.num_experts; e += kRouteThreads) smem.counts[e] = 0;
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1) topk_route_kernel(const Topk
   __syncthreads();  // any team may count any expert
 
   const TeamMemory<A> memory{smem.counts, smem.rows[place], smem.groups[place]};
-  route_tokens(team, p, place, memory, value, key, sums);
+  route_tokens(team, p, memory, value, key, sums);
   write_block_sums(team, p, smem, sums);
 }
 
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(kWarpSize, 1) topk_route_long_kernel(const Top
   __syncwarp();  // any lane may count any expert
 
   const TeamMemory<A> memory{counts, own.shared_row, own.groups};
-  route_tokens(team, p, 0, memory, value, key, sums);
+  route_tokens(team, p, memory, value, key, sums);
 }
 
 template <class A>

@@ -108,15 +108,16 @@ __device__ __forceinline__ void through_scores(const Team& team, bool is_sigmoid
   }
 }
 
-// The tokens of a team. `place` is the team's, in the block; `value` and `gradient` are for a row.
+// The tokens of a team. `value` and `gradient` are for a row.
 template <class A, class Team, class Values>
 __device__ __forceinline__ void route_tokens_backward(const Team& team,
-                                                      const TopkRouteBackward<A>& p, int place,
-                                                      Values& value, Values& gradient) {
+                                                      const TopkRouteBackward<A>& p, Values& value,
+                                                      Values& gradient) {
   const RouteOptions& o = p.options;
   const int E = static_cast<int>(o.num_experts), K = static_cast<int>(o.top_k);
   const bool is_topk = o.score_function == kSoftmaxTopk, is_sigmoid = o.score_function == kSigmoid;
   const ExpertIds ids{p.experts, p.experts_are_int64};
+  const int place = threadIdx.x / Team::kLanes;  // the team's, in the block
   const Tokens tokens(p);
   for (int64_t next = tokens.begin; next < tokens.end; next += kTeams<Team>) {  // see topk_route
     const int64_t t = next + place;
@@ -158,10 +159,9 @@ template <class A, int kLanes, int kPerLane>
 __global__ void __launch_bounds__(kRouteThreads, 1)
     topk_route_backward_kernel(const TopkRouteBackward<A> p) {
   using Team = RegisterTeam<kLanes, kPerLane>;
-  const int place = threadIdx.x / kLanes;  // the team's, in the block
   const Team team{static_cast<int>(threadIdx.x) % kLanes, static_cast<int>(p.options.num_experts)};
   typename Team::template Slots<A> value, gradient;
-  route_tokens_backward(team, p, place, value, gradient);
+  route_tokens_backward(team, p, value, gradient);
 }
 
 template <class A, int kLanes, int kPerLane>
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kWarpSize, 1)
   const WorkspaceTeam team{static_cast<int>(threadIdx.x), static_cast<int>(p.options.num_experts)};
   const RouteWorkspace<A> own(p);
   auto value = team.slots_of(own.values), gradient = team.slots_of(own.gradients);
-  route_tokens_backward(team, p, 0, value, gradient);
+  route_tokens_backward(team, p, value, gradient);
 }
 
 template <class A>

@@ -156,7 +156,24 @@ inline void convert_in(T* dst, const S* src, int64_t n) {
   }
 }
 
+// Of short rows, too, vector code: a loop left to the compiler begins with more elements.
 template <class T, class S>
 inline void convert_out(S* dst, const T* src, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) from_compute(dst[i], src[i]);
+  constexpr int lanes = Simd<T>::lanes;
+  int64_t i = 0;
+#if MOE_VECTOR_BYTES > 16
+  if constexpr (__is_same(T, float) && __is_same(S, f16)) {
+    for (; i + lanes <= n; i += lanes) {
+#if MOE_VECTOR_BYTES == 64
+      const __m256i bits = _mm512_cvtps_ph((__m512)load(src + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i), bits);
+#else
+      const __m128i bits = _mm256_cvtps_ph((__m256)load(src + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), bits);
+#endif
+    }
+  }
+#endif
+#pragma omp simd simdlen(lanes)
+  for (int64_t j = i; j < n; ++j) from_compute(dst[j], src[j]);
 }

@@ -58,7 +58,10 @@ void outer(const OuterProduct& product, Scratch scratch) {
   using L = Lane<P>;
   const auto& [out, past_caches, p, q, height, n, rows, even_chunks] = product;
   constexpr int64_t width = OuterPieces<P>::width;
-  const int64_t ld_left = padded<L>(height);
+  // Rows of p that lie end to end are packed already.
+  const bool in_place =
+      kElements<L> == 1 && !p.index && p.stride == height && p.dtype == Operand<Element<L>>::dtype;
+  const int64_t ld_left = in_place ? height : padded<L>(height);
   const auto [panel, left, sums] = OuterPieces<P>(scratch, height);
   const int64_t chunks = (rows + KC_TN - 1) / KC_TN;
   const auto cut = [&, rows = rows, even = even_chunks](int64_t chunk) {
@@ -73,19 +76,19 @@ void outer(const OuterProduct& product, Scratch scratch) {
     // The last chunk's tiles write where they may: into out itself when it takes whole
     // tiles of T.
     const bool direct = rows > 0 && count == width && size_of(out.dtype) == sizeof(T);
-    const bool streamed = past_caches && (reinterpret_cast<uintptr_t>(corner.data) |
-                                          uintptr_t(out.stride * sizeof(T))) %
-                                                 MOE_VECTOR_BYTES ==
-                                             0;
+    const auto address =
+        reinterpret_cast<uintptr_t>(corner.data) | uintptr_t(out.stride * sizeof(T));
+    const bool streamed = past_caches && address % MOE_VECTOR_BYTES == 0;
     if (rows == 0) std::fill(sums, sums + height * width, T(0));
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t r0 = cut(chunk), r1 = cut(chunk + 1);
       const int64_t depth = lanes_of<L>(r1 - r0);
       load_across(panel, width, right.from_row(r0), r1 - r0, count, width);
-      L* columns = keeps_left ? left + r0 * ld_left : left;
-      if (n0 == 0 || !keeps_left) {
-        load_across(columns, ld_left, p.from_row(r0), r1 - r0, height, height);
+      L* copy = keeps_left ? left + r0 * ld_left : left;
+      if (!in_place && (n0 == 0 || !keeps_left)) {
+        load_across(copy, ld_left, p.from_row(r0), r1 - r0, height, height);
       }
+      const L* columns = in_place ? row_of<L>(p, r0) : copy;
       const bool last = direct && chunk + 1 == chunks;
       for_even_tiles(height, MR_NN,
                      [&, past = streamed, b = panel, sums = sums, stride = out.stride](

@@ -11,16 +11,11 @@ constexpr int64_t kLogitExperts = 4;  // whose rows stay in the first-level cach
 
 // One AVX-512 register of float, several registers elsewhere.
 template <class A>
-struct Sixteen {
-  typedef A V __attribute__((vector_size(kLogitLanes * sizeof(A))));
-  V v;
-
-  static MOE_INLINE Sixteen load(const A* p) {
-    Sixteen lanes;
-    __builtin_memcpy(&lanes.v, p, sizeof(lanes.v));
-    return lanes;
-  }
+struct SixteenOf {
+  typedef A type __attribute__((vector_size(kLogitLanes * sizeof(A))));
 };
+template <class A>
+using Sixteen = typename SixteenOf<A>::type;
 
 // The sum of N lanes, as a tree of halves.
 template <class A, int N>
@@ -48,10 +43,12 @@ MOE_INLINE void logits_tile(const Matrix<A>& c, const Matrix<const A>& a,
     for (int e = 0; e < C; ++e) sum[r][e] = Sixteen<A>{};
   for (int64_t k = 0; k < a.cols; k += kLogitLanes) {
     Sixteen<A> right[C];
-    for (int e = 0; e < C; ++e) right[e] = Sixteen<A>::load(b.data + e * b.ld + k);
+    for (int e = 0; e < C; ++e)
+      __builtin_memcpy(&right[e], b.data + e * b.ld + k, sizeof(right[e]));
     for (int r = 0; r < R; ++r) {
-      const Sixteen<A> left = Sixteen<A>::load(a.data + r * a.ld + k);
-      for (int e = 0; e < C; ++e) sum[r][e].v += left.v * right[e].v;
+      Sixteen<A> left;
+      __builtin_memcpy(&left, a.data + r * a.ld + k, sizeof(left));
+      for (int e = 0; e < C; ++e) sum[r][e] += left * right[e];
     }
   }
   for (int r = 0; r < R; ++r)

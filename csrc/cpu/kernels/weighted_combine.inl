@@ -34,13 +34,20 @@ void scale_row(T* drow, const T* dy, A weight, int64_t cols) {
   for (int64_t c = 0; c < cols; ++c) from_compute(drow[c], weight * A(to_compute(dy[c])));
 }
 
+// Partial sums of an inner product; a compiler left alone may choose another number, and with it
+// another order.
+template <class A, class T>
+constexpr int kPartialSums =
+    MOE_VECTOR_BYTES == 64 && sizeof(A) == 4 ? MOE_VECTOR_BYTES / sizeof(A)
+                                             : MOE_VECTOR_BYTES / sizeof(T);
+
 template <class A, class T>
 A inner_product(const T* dy, const T* row, int64_t cols) {
   A total = 0;
   for (int64_t c0 = 0; c0 < cols; c0 += kSumBlock) {
     const int64_t end = std::min(c0 + kSumBlock, cols);
     A sum = 0;
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd simdlen(kPartialSums<A, T>) reduction(+ : sum)
     for (int64_t c = c0; c < end; ++c) sum += A(to_compute(dy[c])) * A(to_compute(row[c]));
     total += sum;
   }

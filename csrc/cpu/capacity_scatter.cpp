@@ -22,7 +22,7 @@ namespace {
 
 constexpr const char* kOp = "capacity_scatter";
 
-// Assignments as one flat array of ids in 0..E, where E means nobody's.
+// Assignments as one flat array of ids in 0..E, where E means no expert's.
 struct Assignments {
   std::vector<int32_t> ids;
   int32_t num_experts;

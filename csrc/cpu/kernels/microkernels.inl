@@ -199,7 +199,7 @@ __attribute__((noinline)) void nt_kernel(T* c, int64_t ldc, bool accumulate, con
 // ---- of two vectors of columns
 
 // Where a tile goes: to c, on top of `before` (null: of nothing), which may be c itself;
-// past the caches where nobody reads it soon.
+// past the caches where nothing reads it soon.
 template <class T>
 struct Target {
   T* c;

@@ -67,11 +67,11 @@ struct Epilogue {
   GateColumns at;       // gate_columns(activation, columns)
   int64_t columns;      // of out: n for kStore, I for the others
   void* out;            // (R, columns), rows out_stride elements apart; of the products' dtype
-  int64_t out_stride;   // may be null for kBackward: nobody wants w A
+  int64_t out_stride;   // null for kBackward where w A is not wanted
   const void* bias;     // (E, width) contiguous, in the order of memory; null: none
   void* kept;           // (R, width) contiguous preactivations; width is 2I with a gate, else I;
                         // written by kActivate (null: not wanted), read by kBackward
-  void* dh;             // (R, width) contiguous; kBackward only; null: nobody wants it
+  void* dh;             // (R, width) contiguous; kBackward only; null where it is not wanted
   const void* weights;  // (T, K): a row's w is weights[row_assignment[r]]; null: 1
   Dtype weights_dtype;  //
   const int32_t* row_assignment;  // (R): below 0 or not below `assignments`: a weight of 0

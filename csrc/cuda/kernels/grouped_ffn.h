@@ -67,7 +67,7 @@ struct Epilogue {
   GateColumns at;       // gate_columns(activation, columns)
   int64_t columns;      // of out: n for kStore, I for the others
   void* out;            // (R, columns), rows out_stride elements apart; of the products' dtype
-  int64_t out_stride;   // null for kBackward where w A is not wanted
+  int64_t out_stride;   // out is null for kBackward where w A is not wanted
   const void* bias;     // (E, width) contiguous, in the order of memory; null: none
   void* kept;           // (R, width) contiguous preactivations; width is 2I with a gate, else I;
                         // written by kActivate (null: not wanted), read by kBackward

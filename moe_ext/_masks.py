@@ -24,7 +24,7 @@ _masked = contextvars.ContextVar("moe_ext.padding.masked", default=None)
 
 
 @contextlib.contextmanager
-def masked(mask, layers):
+def opened(mask, layers):
     """Inside, `mask` is for the layers with these ids, or for all where it is None."""
     compiling = torch.compiler.is_compiling()
     previous = _of_thread.masks

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_mask, describe
-from ._masks import masked
+from ._masks import opened
 from .moe import MoE
 
 __all__ = ["padding"]
@@ -43,7 +43,7 @@ def padding(mask: Tensor | None, module: nn.Module | None = None) -> Iterator[No
     """
     if mask is not None:
         check_mask("padding", "mask", mask)
-    with masked(mask, _layers(module)):
+    with opened(mask, _layers(module)):
         yield
 
 

@@ -51,12 +51,13 @@ fault(
     "        layer._stats.count_steps()\n",
     "",
 )
-fault = faults("moe_ext/config.py", "tests/test_options.py", "tests/test_config.py")
+fault = faults("moe_ext/option_groups.py", "tests/test_options.py", "tests/test_config.py")
 fault(
     "an option set later is not checked",
     'self._put(name, check("MoE", name, getattr(self, name), **limits))',
     "pass",
 )
+fault = faults("moe_ext/config.py", "tests/test_options.py", "tests/test_config.py")
 fault(
     "a capacity factor set later is forgotten",
     "return dataclasses.replace(self, **changes)",

@@ -34,14 +34,22 @@ inline ScoreFunction check_score_function(const char* op, std::string_view name)
       check_name(op, "score_function", name, {"softmax", "sigmoid", "softmax_topk"}));
 }
 
-inline RouteOptions check_topk_route(const at::Tensor& logits, int64_t top_k,
-                                     const std::optional<at::Tensor>& selection_bias,
-                                     const std::optional<at::Tensor>& padding_mask,
-                                     const std::optional<at::Tensor>& experts,
-                                     const RouteArguments& arguments) {
-  constexpr const char* op = "topk_route";
-  const auto& [score_function, norm_topk_prob, routed_scaling_factor, n_group, topk_group,
-               group_score] = arguments;
+// A call of topk_route, checked.
+struct RouteCall {
+  at::Tensor logits;
+  std::optional<at::Tensor> selection_bias, padding_mask, experts;
+  RouteOptions options;
+};
+
+inline RouteCall read_topk_route(Arguments& args) {
+  const char* op = args.op();
+  const at::Tensor& logits = args.tensor("logits");
+  const int64_t top_k = args.integer("top_k");
+  const auto selection_bias = args.optional_tensor("selection_bias");
+  const auto padding_mask = args.optional_tensor("padding_mask");
+  const auto experts = args.optional_tensor("experts");
+  const auto [score_function, norm_topk_prob, routed_scaling_factor, n_group, topk_group,
+              group_score] = RouteArguments::read(args);
   check_route_inputs(op, logits, padding_mask);
   const int64_t E = logits.size(1);
   check_value(op, "top_k", top_k >= 1 && top_k <= E, top_k, "in 1..E = ", E);
@@ -71,7 +79,7 @@ inline RouteOptions check_topk_route(const at::Tensor& logits, int64_t top_k,
     check_same_device(op, "selection_bias", *selection_bias, "logits", logits);
   }
   if (experts) check_route_experts(op, *experts, logits, top_k);
-  return options;
+  return {logits, selection_bias, padding_mask, experts, options};
 }
 
 inline RouteOptions check_topk_route_backward(const std::optional<at::Tensor>& grad_weights,

@@ -48,15 +48,11 @@ at::Tensor read_experts(const char* op, const at::Tensor& experts) {
 }
 
 std::array<at::Tensor, 5> topk_route(Arguments& args) {
-  const at::Tensor& logits = args.tensor("logits");
-  const int64_t top_k = args.integer("top_k");
-  const auto selection_bias = args.optional_tensor("selection_bias");
-  const auto padding_mask = args.optional_tensor("padding_mask");
-  const auto experts = args.optional_tensor("experts");
-  const RouteOptions o = check_topk_route(logits, top_k, selection_bias, padding_mask, experts,
-                                          RouteArguments::read(args));
-  const int64_t T = logits.size(0), E = logits.size(1);
-  at::Tensor chosen = o.replay ? read_experts("topk_route", *experts)
+  const RouteCall call = read_topk_route(args);
+  const RouteOptions& o = call.options;
+  const at::Tensor& logits = call.logits;
+  const int64_t T = logits.size(0), E = logits.size(1), top_k = o.top_k;
+  at::Tensor chosen = o.replay ? read_experts("topk_route", *call.experts)
                                : at::empty({T, top_k}, logits.options().dtype(at::kInt));
 
   const bool is_double = logits.scalar_type() == at::kDouble;
@@ -69,10 +65,10 @@ std::array<at::Tensor, 5> topk_route(Arguments& args) {
   at::Tensor block_sums = num_blocks > 1 ? at::empty({num_blocks, E}, accumulation) : score_sums;
 
   const at::Tensor l = logits.contiguous();
-  const at::Tensor bias = selection_bias
-                              ? selection_bias->detach().to(accumulation.dtype()).contiguous()
+  const at::Tensor bias = call.selection_bias
+                              ? call.selection_bias->detach().to(accumulation.dtype()).contiguous()
                               : at::Tensor();
-  const at::Tensor mask = padding_mask ? padding_mask->contiguous() : at::Tensor();
+  const at::Tensor mask = call.padding_mask ? call.padding_mask->contiguous() : at::Tensor();
   int32_t* ids = chosen.mutable_data_ptr<int32_t>();
   with_sums(is_double, [&](auto sums_in) {
     using A = decltype(sums_in);

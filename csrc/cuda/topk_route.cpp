@@ -34,23 +34,18 @@ void with_accumulation(const at::Tensor& logits, const F& f) {
 }
 
 std::array<at::Tensor, 5> topk_route(Arguments& args) {
-  const at::Tensor& logits = args.tensor("logits");
-  const int64_t top_k = args.integer("top_k");
-  const auto selection_bias = args.optional_tensor("selection_bias");
-  const auto padding_mask = args.optional_tensor("padding_mask");
-  const auto experts = args.optional_tensor("experts");
-  const RouteOptions options = check_topk_route(logits, top_k, selection_bias, padding_mask,
-                                                experts, RouteArguments::read(args));
+  const RouteCall call = read_topk_route(args);
+  const at::Tensor& logits = call.logits;
   const OnDevice device(logits);
-  const int64_t T = logits.size(0), E = logits.size(1);
+  const int64_t T = logits.size(0), E = logits.size(1), top_k = call.options.top_k;
   const bool is_double = logits.scalar_type() == at::kDouble;
   const auto accumulation = logits.options().dtype(is_double ? at::kDouble : at::kFloat);
   const auto integer = logits.options().dtype(at::kInt);
   const at::Tensor l = logits.contiguous();
-  const at::Tensor bias = selection_bias
-                              ? selection_bias->detach().to(accumulation.dtype()).contiguous()
+  const at::Tensor bias = call.selection_bias
+                              ? call.selection_bias->detach().to(accumulation.dtype()).contiguous()
                               : at::Tensor();
-  const at::Tensor mask = contiguous(padding_mask), replayed = contiguous(experts);
+  const at::Tensor mask = contiguous(call.padding_mask), replayed = contiguous(call.experts);
 
   at::Tensor weights = at::empty({T, top_k}, accumulation);
   at::Tensor chosen = at::empty({T, top_k}, integer);
@@ -60,7 +55,7 @@ std::array<at::Tensor, 5> topk_route(Arguments& args) {
   with_accumulation(logits, [&](auto a) {
     using A = decltype(a);
     cuda::TopkRoute<A> p{};
-    p.options = options;
+    p.options = call.options;
     p.tokens = T;
     p.grid = cuda::topk_route_grid<A>(T, E);
     p.logits = l.const_data_ptr();

@@ -7,7 +7,6 @@ from moe_ext import functional, reference
 from support.ffn_operator import Recorder
 from support.ffn_suite import CLAMPED, LAYOUTS, ON_GPU, FFNStage, needs_ops
 from support.oracle import (
-    DEVICE,
     DTYPES,
     ROUTINGS,
     assert_same_bits,
@@ -142,12 +141,7 @@ class FFNLowRank(FFNStage):
         assert torch.equal(self.call(inputs, plan), self.call(without, plan))
 
     def test_autocast(self):
-        plan = draw_plan(9, 4, 2)
-        inputs = self.inputs(9, 16, 8, 4, 2, torch.float32)
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            actual = self.call(inputs, plan)
-        low = {name: t if name == "weights" else t.bfloat16() for name, t in inputs.items()}
-        assert actual.dtype == torch.bfloat16 and bits_equal(actual, self.call(low, plan))
+        self.check_autocast()
 
     # ---- as an operator ----
 

@@ -89,6 +89,15 @@ class FFNStage:
         draws.assert_within_bound(dtype)
         return result
 
+    def check_autocast(self):
+        """x and the experts' parameters go in as bfloat16, the routing weights as they are."""
+        plan = draw_plan(9, 4, 2)
+        inputs = self.inputs(9, 16, 8, 4, 2, torch.float32)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            actual = self.call(inputs, plan)
+        low = {name: t if name == "weights" else t.bfloat16() for name, t in inputs.items()}
+        assert actual.dtype == torch.bfloat16 and bits_equal(actual, self.call(low, plan))
+
     def check_inputs(self, inputs, plan, **options):
         draws = Draws()
         result = self.add(draws, inputs, plan, **options)
@@ -287,12 +296,7 @@ class FFNNumbers(FFNStage):
         assert bits_equal(poisoned, clean)
 
     def test_autocast(self):
-        plan = draw_plan(9, 4, 2)
-        inputs = self.inputs(9, 16, 8, 4, 2, torch.float32)
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            actual = self.call(inputs, plan)
-        low = {name: t if name == "weights" else t.bfloat16() for name, t in inputs.items()}
-        assert actual.dtype == torch.bfloat16 and bits_equal(actual, self.call(low, plan))
+        self.check_autocast()
 
     # ---- same bits ----
 

@@ -1,0 +1,167 @@
+"""Two builds of moe_ext beside each other: whether a change has cost speed.
+
+    python benchmarks/bench_builds.py ../before            # a checkout with its library built
+    python benchmarks/bench_builds.py ../before --cases overhead olmoe --dry-run
+
+Cases are the layers of bench_layer.py and blocks of bench_models.py, on moe_ext in each of two
+processes that take turns, round by round. A ratio is the median of the rounds' own ratios, the
+time before over the time now: above 1 this checkout is faster. Weights and tokens are the same,
+drawn from one seed.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+
+import harness
+import published
+from bench_layer import SHAPES
+from moe_ext.integrations.transformers import register
+from sides import inference, our_layer, training
+
+DTYPES = ("float32", "bfloat16")
+
+
+def layer_calls(shape, dtype):
+    """{task: (call, reset)} of a layer of bench_layer.py"""
+    layer = our_layer(shape, dtype, "cpu")
+    x = torch.randn(1, shape.tokens, shape.hidden).to(dtype)
+    calls = {"forward": (inference(layer.eval(), x), None)}
+    if shape.kind == "train":
+        calls["train"] = training(layer.train(), x, torch.randn_like(x))
+    return calls
+
+
+def model_calls(name, dtype):
+    """The same of a model's block, and of its training with LoRA."""
+    model = published.MODELS[name]
+    block = published.make_block(model, dtype, "cpu", 12 * 2**30)
+    x = torch.randn(1, model.tokens, block.experts.config.hidden_size).to(dtype)
+
+    def training(block):
+        block = published.on_every_implementation(block)["moe_ext"].train()
+        rows, grad = x.clone().requires_grad_(), torch.randn_like(x)
+
+        def reset():
+            rows.grad = None
+            block.zero_grad(set_to_none=True)
+
+        return lambda: published.output_of(block, rows).backward(grad), reset
+
+    ours = published.on_every_implementation(block)["moe_ext"].eval()
+    yield "prefill", (inference(ours, x), None)
+    yield "decode", (inference(ours, x[:, :1]), None)
+    yield "train", training(block)
+    published.add_adapters(block)
+    yield "lora", training(block)
+
+
+def cases():
+    """{name: function(dtype) -> {task: (call, reset)} or its items, made in turn}"""
+    layers = {name: functools.partial(layer_calls, shape) for name, shape in SHAPES.items()}
+    models = {name: functools.partial(model_calls, name) for name in ("olmoe", "qwen3")}
+    return layers | models
+
+
+def serve():
+    """In a build's own process: a line in, `[case, dtype]` to make one, `null` for its next
+    task, or `"time"` for one call's seconds; a line out, the answer."""
+    register()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    call = reset = None
+    tasks: Iterator = iter(())
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request == "time":
+            if reset:
+                reset()
+            answer = harness.seconds_of(call)
+        elif request is None:
+            answer, (call, reset) = next(tasks, (None, (None, None)))
+        elif request == "commit":
+            answer = harness.provenance()["commit"]
+        else:
+            name, dtype = request
+            torch.manual_seed(0)
+            call = reset = None
+            made = cases()[name](getattr(torch, dtype))
+            tasks = iter(made.items() if isinstance(made, dict) else made)
+            answer = None
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class Build:
+    def __init__(self, checkout, threads):
+        paths = [str(checkout), str(harness.ROOT / "benchmarks")]
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "serve"],
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, request):
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def bench_case(builds, name, dtype, repeats):
+    """One case of the results file: {task: what was measured}."""
+    for build in builds.values():
+        build.ask([name, dtype])
+    tasks = {}
+    while task := {build.ask(None) for build in builds.values()}.pop():
+        calls = {side: functools.partial(build.ask, "time") for side, build in builds.items()}
+        times = harness.interleaved(calls, repeats, at_most=8.0, measure=lambda call: call())
+        tasks[task] = harness.compared(times, "now")
+        print(f"{name:18} {dtype:9} {task:8} {tasks[task]['against']['before']:.2f}", flush=True)
+    return {"shape": name, "dtype": dtype, "tasks": tasks}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("before", help="the other checkout")
+    parser.add_argument("--cases", nargs="+", choices=cases(), default=list(cases()))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--repeats", type=int, default=11, help="rounds (default 11)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", default=harness.RESULTS / "builds_cpu.json")
+    parser.add_argument("--dry-run", action="store_true", help="write no results")
+    arguments = parser.parse_args()
+    provenance = harness.provenance()
+    provenance["command"] = provenance["command"].replace(arguments.before, "BEFORE")
+    with contextlib.ExitStack() as stack:
+        builds = {
+            side: stack.enter_context(Build(checkout, arguments.threads))
+            for side, checkout in {"before": arguments.before, "now": harness.ROOT}.items()
+        }
+        provenance["before"] = builds["before"].ask("commit")
+        for name in arguments.cases:
+            for dtype in arguments.dtypes:
+                case = bench_case(builds, name, dtype, arguments.repeats) | provenance
+                if not arguments.dry_run:
+                    about = {"machine": harness.machine()}
+                    harness.merge_results(arguments.out, [case], **about)
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["serve"] else main()

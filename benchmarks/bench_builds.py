@@ -29,12 +29,19 @@ from sides import inference, our_layer, training
 DTYPES = ("float32", "bfloat16")
 
 
+@functools.cache
+def evictor():
+    """Decoding finds its weights in memory, not in a cache."""
+    return harness.MemoryRead()
+
+
 def layer_calls(shape, dtype):
     """{task: (call, reset)} of a layer of bench_layer.py"""
+    decodes = shape.kind == "decode"
     layer = our_layer(shape, dtype, "cpu")
     x = torch.randn(1, shape.tokens, shape.hidden).to(dtype)
-    calls = {"forward": (inference(layer.eval(), x), None)}
-    if shape.kind == "train":
+    calls = {"forward": (inference(layer.eval(), x), evictor() if decodes else None)}
+    if not decodes:
         calls["train"] = training(layer.train(), x, torch.randn_like(x))
     return calls
 
@@ -57,7 +64,7 @@ def model_calls(name, dtype):
 
     ours = published.on_every_implementation(block)["moe_ext"].eval()
     yield "prefill", (inference(ours, x), None)
-    yield "decode", (inference(ours, x[:, :1]), None)
+    yield "decode", (inference(ours, x[:, :1]), evictor())
     yield "train", training(block)
     published.add_adapters(block)
     yield "lora", training(block)

@@ -35,7 +35,7 @@ fault(
 
 # ---- options ---------------------------------------------------------------------------------
 
-fault = faults("moe_ext/options.py", "tests/test_options.py")
+fault = faults("moe_ext/options.py", "tests/test_options.py", "tests/test_config.py")
 fault(
     "the router keeps the config that it was built with",
     "    layer._settings.config = config\n",

@@ -12,11 +12,8 @@ drawn from one seed.
 import argparse
 import contextlib
 import functools
-import json
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
 
 import torch
 
@@ -25,6 +22,7 @@ import published
 from bench_layer import SHAPES
 from moe_ext.integrations.transformers import register
 from sides import inference, our_layer, training
+from workers import Process, serve
 
 DTYPES = ("float32", "bfloat16")
 
@@ -36,14 +34,13 @@ def evictor():
 
 
 def layer_calls(shape, dtype):
-    """{task: (call, reset)} of a layer of bench_layer.py"""
+    """(task, (call, reset)) of a layer of bench_layer.py, in turn"""
     decodes = shape.kind == "decode"
     layer = our_layer(shape, dtype, "cpu")
     x = torch.randn(1, shape.tokens, shape.hidden).to(dtype)
-    calls = {"forward": (inference(layer.eval(), x), evictor() if decodes else None)}
+    yield "forward", (inference(layer.eval(), x), evictor() if decodes else None)
     if not decodes:
-        calls["train"] = training(layer.train(), x, torch.randn_like(x))
-    return calls
+        yield "train", training(layer.train(), x, torch.randn_like(x))
 
 
 def model_calls(name, dtype):
@@ -71,71 +68,46 @@ def model_calls(name, dtype):
 
 
 def cases():
-    """{name: function(dtype) -> {task: (call, reset)} or its items, made in turn}"""
+    """{name: function(dtype) that gives its tasks}"""
     layers = {name: functools.partial(layer_calls, shape) for name, shape in SHAPES.items()}
     models = {name: functools.partial(model_calls, name) for name in ("olmoe", "qwen3")}
     return layers | models
 
 
-def serve():
-    """In a build's own process: a line in, `[case, dtype]` to make one, `null` for its next
-    task, or `"time"` for one call's seconds; a line out, the answer."""
-    register()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    call = reset = None
-    tasks: Iterator = iter(())
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request == "time":
-            if reset:
-                reset()
-            answer = harness.seconds_of(call)
-        elif request is None:
-            answer, (call, reset) = next(tasks, (None, (None, None)))
-        elif request == "commit":
-            answer = harness.provenance()["commit"]
-        else:
-            name, dtype = request
-            torch.manual_seed(0)
-            call = reset = None
-            made = cases()[name](getattr(torch, dtype))
-            tasks = iter(made.items() if isinstance(made, dict) else made)
-            answer = None
-        print(json.dumps(answer), file=answers, flush=True)
+class Worker:
+    """In a build's own process: makes a case's tasks one after another, and times calls."""
+
+    def commit(self):
+        return harness.provenance()["commit"]
+
+    def make(self, name, dtype):
+        torch.manual_seed(0)
+        self.call = self.reset = None
+        self.tasks = iter(cases()[name](getattr(torch, dtype)))
+
+    def next_task(self):
+        """Its name; None after the last."""
+        name, (self.call, self.reset) = next(self.tasks, (None, (None, None)))
+        return name
+
+    def seconds(self):
+        if self.reset:
+            self.reset()
+        return harness.seconds_of(self.call)
 
 
-class Build:
-    def __init__(self, checkout, threads):
-        paths = [str(checkout), str(harness.ROOT / "benchmarks")]
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "serve"],
-            env=os.environ
-            | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, request):
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.stdin.close()
-        self.process.wait()
+def start(checkout, threads):
+    paths = [checkout, harness.ROOT / "benchmarks"]
+    return Process([sys.executable, __file__, "worker"], threads, paths)
 
 
 def bench_case(builds, name, dtype, repeats):
     """One case of the results file: {task: what was measured}."""
     for build in builds.values():
-        build.ask([name, dtype])
+        build.ask("make", name, dtype)
     tasks = {}
-    while task := {build.ask(None) for build in builds.values()}.pop():
-        calls = {side: functools.partial(build.ask, "time") for side, build in builds.items()}
+    while task := {build.ask("next_task") for build in builds.values()}.pop():
+        calls = {side: functools.partial(build.ask, "seconds") for side, build in builds.items()}
         times = harness.interleaved(calls, repeats, at_most=8.0, measure=lambda call: call())
         tasks[task] = harness.compared(times, "now")
         print(f"{name:18} {dtype:9} {task:8} {tasks[task]['against']['before']:.2f}", flush=True)
@@ -158,7 +130,7 @@ def main():
     provenance["command"] = provenance["command"].replace(arguments.before, "BEFORE")
     with contextlib.ExitStack() as stack:
         builds = {
-            side: stack.enter_context(Build(checkout, arguments.threads))
+            side: stack.enter_context(start(checkout, arguments.threads))
             for side, checkout in {"before": arguments.before, "now": harness.ROOT}.items()
         }
         provenance["before"] = builds["before"].ask("commit")
@@ -171,4 +143,8 @@ def main():
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["serve"] else main()
+    if sys.argv[1:] == ["worker"]:
+        register()
+        serve(Worker())
+    else:
+        main()

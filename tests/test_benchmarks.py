@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench_builds  # noqa: E402
 import bench_models  # noqa: E402
 import harness  # noqa: E402
 import published  # noqa: E402
@@ -202,3 +203,20 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
     assert result["rounds"] == 3
     assert result["seconds"] == {"ours": 2.0, "peer": 3.0, "once": 8.0}
     assert result["against"] == {"peer": 2.0, "once": 4.0}
+
+
+def test_a_build_beside_itself(monkeypatch, tmp_path):
+    """Two processes of this checkout: every task is timed on both, at one commit."""
+    out = tmp_path / "builds.json"
+    arguments = [ROOT, "--cases", "overhead", "--repeats", 3, "--threads", 1, "--out", out]
+    monkeypatch.setattr(sys, "argv", ["bench_builds.py", *map(str, arguments)])
+    bench_builds.main()
+    cases = json.loads(out.read_text())["cases"]
+    assert [case["dtype"] for case in cases] == ["float32", "bfloat16"]
+    for case in cases:
+        assert list(case["tasks"]) == ["forward", "train"]
+        assert case["before"] == case["commit"]
+        assert str(ROOT) not in case["command"].split("--out")[0]
+        for result in case["tasks"].values():
+            assert list(result["seconds"]) == ["before", "now"]
+            assert list(result["against"]) == ["before"]

@@ -19,6 +19,7 @@ import harness  # noqa: E402
 import peers  # noqa: E402
 import report_peers  # noqa: E402
 from peers import processes  # noqa: E402
+from workers import WorkerFailed  # noqa: E402
 
 sys.path.pop(0)
 
@@ -173,8 +174,8 @@ def test_another_version_than_the_pinned_does_not_count_as_installed(
 
 
 def test_a_worker_is_stopped_out_of_turn_and_ends_with_the_benchmark(add_fake):
-    with processes.Process(None, 1) as worker:
-        with pytest.raises(processes.PeerFailed, match="ModuleNotFoundError: No module named 'x'"):
+    with processes.start(None, 1) as worker:
+        with pytest.raises(WorkerFailed, match="ModuleNotFoundError: No module named 'x'"):
             worker.ask("prepare", "x", "no file")
         _, status = os.waitpid(worker.process.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status)
@@ -195,10 +196,10 @@ def test_a_process_that_ends_or_hangs_is_reported(add_fake, tmp_path, action, wh
     tokens = bench_peers.make_tokens(bench_peers.SHAPES["tiny"], 1, torch.float32)
     torch.save(weights, tmp_path / "weights")
     torch.save(tokens, tmp_path / "tokens")
-    with processes.Process(None, 1, patience=60) as worker:
+    with processes.start(None, 1, patience=60) as worker:
         worker.ask("prepare", "fatal", str(tmp_path / "weights"))
         worker.patience = 5
-        with pytest.raises(processes.PeerFailed, match=why):
+        with pytest.raises(WorkerFailed, match=why):
             worker.ask("bind", "fatal", str(tmp_path / "tokens"), str(tmp_path / "y"))
 
 

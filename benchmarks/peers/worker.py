@@ -1,23 +1,15 @@
-"""A process that runs peers of one environment, driven through its standard streams.
+"""A process that runs peers of one environment. Tensors travel in files.
 
-    python -m peers.worker THREADS BYTES       # read before each call
-
-A request is a line with a JSON list, a method of `Worker` and its arguments; the answer is a line
-with {"value": ...} or {"error": "..."}. Tensors travel in files. What a peer itself prints
-goes to standard error.
+python -m peers.worker THREADS BYTES       # read before each call
 """
 
-import ctypes
-import gc
 import importlib
-import json
-import os
-import signal
 import sys
 
 import torch
 
 import harness
+from workers import serve
 
 
 class Worker:
@@ -43,25 +35,5 @@ class Worker:
         return harness.seconds_of(self.calls[module])
 
 
-def die_with_parent():
-    """Even while stopped, when no end of the input is noticed (PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-def main():
-    die_with_parent()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    worker = Worker(*map(int, sys.argv[1:]))
-    gc.disable()  # as in timeit
-    for line in sys.stdin:
-        method, *arguments = json.loads(line)
-        try:
-            answer = {"value": getattr(worker, method)(*arguments)}
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(Worker(*map(int, sys.argv[1:])))

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_builds.py ../before            # a checkout with its library built
     python benchmarks/bench_builds.py ../before --cases overhead olmoe --dry-run
+    python benchmarks/bench_builds.py ../before --update-docs          # also the table
 
 Cases are the layers of bench_layer.py and blocks of bench_models.py, on moe_ext in each of two
 processes that take turns, round by round. A ratio is the median of the rounds' own ratios, the
@@ -12,13 +13,16 @@ drawn from one seed.
 import argparse
 import contextlib
 import functools
+import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 import harness
 import published
+import report_builds
 from bench_layer import SHAPES
 from moe_ext.integrations.transformers import register
 from sides import inference, our_layer, training
@@ -125,6 +129,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", default=harness.RESULTS / "builds_cpu.json")
     parser.add_argument("--dry-run", action="store_true", help="write no results")
+    parser.add_argument("--update-docs", action="store_true")
     arguments = parser.parse_args()
     provenance = harness.provenance()
     provenance["command"] = provenance["command"].replace(arguments.before, "BEFORE")
@@ -140,6 +145,8 @@ def main():
                 if not arguments.dry_run:
                     about = {"machine": harness.machine()}
                     harness.merge_results(arguments.out, [case], **about)
+    if arguments.update_docs:
+        report_builds.update(json.loads(Path(arguments.out).read_text()))
 
 
 if __name__ == "__main__":

@@ -289,15 +289,16 @@ def writers(monkeypatch):
     for folder in ("benchmarks", "examples"):
         monkeypatch.syspath_prepend(ROOT / folder)
     import publish_study
+    import report_builds
     import report_layer
     import report_models
     import report_peers
 
-    return publish_study, report_layer, report_models, report_peers
+    return publish_study, report_builds, report_layer, report_models, report_peers
 
 
 def test_the_tables_are_the_committed_results(writers):
-    publish_study, report_layer, report_models, report_peers = writers
+    publish_study, report_builds, report_layer, report_models, report_peers = writers
     results = {
         path.stem: json.loads(path.read_text())
         for path in (ROOT / "benchmarks" / "results").glob("*.json")
@@ -306,6 +307,7 @@ def test_the_tables_are_the_committed_results(writers):
     shown = {
         name
         for kind, table in {
+            "builds_cpu": report_builds.table,
             "layer_cpu": report_layer.table,
             "models_cpu": report_models.table,
             "peers_": report_peers.short_table,

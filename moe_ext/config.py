@@ -189,7 +189,7 @@ class MoEConfig(Checked):
         """
         if self.capacity.expert_capacity is not None:
             return smaller(self.capacity.expert_capacity, tokens)
-        ratio = self._ratios[bool(training)]
+        ratio = self._ratios[1 if training else 0]  # torch 2.11's Dynamo indexes with no bool
         if ratio is None:
             return None
         numerator, denominator = ratio

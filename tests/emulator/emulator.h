@@ -3,6 +3,7 @@
 // call. docs/emulator.md tells how it works.
 #pragma once
 
+#include <cuda.h>
 #include <driver_types.h>
 #include <vector_types.h>
 
@@ -94,6 +95,13 @@ enum WarpOp : int {
   kMmaBf16,
   kMmaF16,
   kMmaTf32,
+  kStmatrix,
+  kWgmma,
+  kWgmmaFence,
+  kWgmmaCommit,
+  kWgmmaWait,
+  kElect,
+  kSetRegisters,
 };
 uint64_t collective(WarpOp op, uint32_t mask, uint64_t value, uint64_t argument = 0);
 uint32_t active_mask();
@@ -101,12 +109,43 @@ uint32_t active_mask();
 void ldmatrix(uint32_t* registers, uint32_t row, int matrices, bool transposed);
 void mma(WarpOp op, float* c, const uint32_t* a, const uint32_t* b);
 uint32_t to_tf32(float x);
+void stmatrix(uint32_t row, const uint32_t* registers, bool transposed);
+bool elect_one();
+
+// A warpgroup's product of 64 x n x 16; a and b are descriptors of shared memory.
+struct Wgmma {
+  int n;
+  bool bf16, a_mn, b_mn, accumulate;
+  uint64_t a, b;
+};
+void wgmma(const Wgmma& product, float* d);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int groups);
+void set_registers(int count, bool more);
 
 // ---- asynchronous copies ----------------------------------------------------------------------
 
 void cp_async(uint32_t target, const void* source, int size, int bytes);
 void cp_async_commit();
 void cp_async_wait(int groups);
+
+// ---- barriers that count bytes, and copies of boxes of a tensor ------------------------------
+
+void mbarrier_init(uint32_t barrier, uint32_t arrivals);
+void fence_mbarrier_init();
+void mbarrier_arrive(uint32_t barrier, uint32_t bytes);
+void mbarrier_wait(uint32_t barrier, uint32_t parity);
+void fence_proxy_async();
+
+// As cuTensorMapEncodeTiled, of 16-bit elements; false where that would refuse. strides: in
+// bytes, of the dimensions but the first.
+bool encode_tensor_map(CUtensorMap* map, const void* data, int dims, const uint64_t* sizes,
+                       const uint64_t* strides, const uint32_t* box, bool swizzled);
+void tma_load(uint32_t target, const CUtensorMap& map, uint32_t barrier, const int* at, int dims);
+void tma_store(const CUtensorMap& map, uint32_t source, const int* at, int dims);
+void tma_store_commit();
+void tma_store_wait(int groups, bool only_read);
 
 // ---- between blocks -----------------------------------------------------------------------------
 

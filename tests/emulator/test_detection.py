@@ -19,11 +19,6 @@ pytestmark = pytest.mark.skipif(
 CHECKED = os.environ.get("MOE_EXT_EMULATOR_BUILD") == "checked"
 
 
-@pytest.fixture(scope="module")
-def micro():
-    return micro_kernels.Micro()
-
-
 def run(micro, name, seed, **settings):
     """What a faulty kernel made of its 1,022 ints, all zero; and what was said."""
     from emulator import control

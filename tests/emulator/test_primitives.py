@@ -17,18 +17,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def micro():
-    return micro_kernels.Micro()
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    """What is drawn and compared lies there, on a GPU too: Micro takes it to the device."""
-    with torch.device("cpu"):
-        yield
-
-
 @pytest.fixture(params=range(8 if micro_kernels.BACKEND == "emulated" else 1))
 def seed(request):
     """Seeds 0 to 3 bring every order of threads and every delivery of copies."""

@@ -83,7 +83,8 @@ def parts(out, dry):
             {} if dry else {"MOE_EXT_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": archs()},
         ),
         "primitives": Part(
-            pytest("primitives", "--backend", backend, "tests/emulator/test_primitives.py"),
+            pytest("primitives", "--backend", backend, "tests/emulator/test_primitives.py",
+                   "tests/emulator/test_hopper.py"),
             90,
             {} if dry else {"MOE_EXT_GOLDEN": "write"},
         ),

@@ -1,8 +1,8 @@
 // Instructions that CUDA C++ has no word for: one function each, and no inline assembly
-// anywhere else in csrc. Every function has two halves, the instruction for nvcc and the
-// emulator's account of it, and a test in tests/emulator/test_primitives.py that holds
-// both to the PTX manual. More of them, which no kernel needs so far, are in
-// tests/emulator/kernels/more_ptx.cuh.
+// anywhere else in csrc; Hopper's own are in ptx_sm90.cuh. Every function has two halves, the
+// instruction for nvcc and the emulator's account of it, and a test in tests/emulator
+// (test_primitives.py, test_hopper.py) that holds both to the PTX manual. More of them, which
+// no kernel needs so far, are in tests/emulator/kernels/more_ptx.cuh.
 //
 // Where a function is a warp's (ldmatrix, mma) all 32 lanes call it together. Lanes are
 // counted as the manual does: group = lane / 4, of 8; member = lane % 4.

@@ -31,10 +31,16 @@ void Block::deliver(AsyncCopy& copy) {
   copy.done = true;
 }
 
+// Of everything that is under way.
 void Block::deliver_some() {
   Thread& thread = threads[random() % count];
   for (AsyncCopy& copy : thread.copies)
     if (!copy.done && random.one_in(2)) deliver(copy);
+  if (!loads.empty()) deliver_rows(loads[random() % loads.size()], 1 + random() % 64);
+  for (BoxStore& store : thread.stores)
+    if (!store.read && random.one_in(2)) read_source(store);
+  for (Warp& warp : warps)
+    if (random.one_in(2)) multiply_next(warp);
 }
 
 void cp_async_commit() { ++current->copy_group; }

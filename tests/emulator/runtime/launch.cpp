@@ -99,6 +99,10 @@ void Block::start(Launch& grid, uint32_t which) {
   if (checked()) cells.assign((smem_capacity + grid.static_smem_bytes) / 2 + 8, Cell{});
 
   const uint32_t warp_count = (count + 31) / 32;
+  const uint32_t registers = std::min(65536 / (warp_count * 32) / 8 * 8, 255u);
+  free_registers = 65536 - registers * warp_count * 32;
+  mbarriers.clear();
+  loads.clear();
   warps.resize(warp_count);
   runnable_warps = 0;
   last_warp = 0;
@@ -108,6 +112,13 @@ void Block::start(Launch& grid, uint32_t which) {
     warp.exited = 0;
     warp.runnable = warp.existing;
     warp.operations.clear();
+    warp.products.clear();
+    warp.retired.clear();
+    warp.accumulators.clear();
+    warp.product_group = warp.issued = 0;
+    warp.fenced = false;
+    warp.registers = registers;
+    warp.history = 0;
     warp.priority = random();
     runnable_warps |= 1u << w;
   }
@@ -127,6 +138,9 @@ void Block::start(Launch& grid, uint32_t which) {
     thread.call_site = nullptr;
     thread.copies.clear();
     thread.copy_group = 0;
+    thread.stores.clear();
+    thread.store_group = thread.stores_read = 0;
+    thread.proxy_fences.clear();
     if (checked()) {
       thread.view.own.assign(count, 0);
       thread.view.own[i] = 1;
@@ -259,6 +273,7 @@ cudaError_t launch_grid(const char* name, dim3 grid, dim3 block_dims, size_t sme
   launch.seed = settings().seed;
   launch.delivery = delivery_of(settings());
   launch.random.state = mix(launch.seed + launches) | 1;
+  launch.elected = launch.seed ? launch.random() % 32 : 0;
   Library library{reinterpret_cast<uintptr_t>(kernel), &launch};
   dl_iterate_phdr(look_for_library, &library);
   if (smem_bytes > device().smem_per_block) return cudaErrorInvalidValue;

@@ -14,24 +14,35 @@ void ldmatrix(uint32_t* registers, uint32_t row, int matrices, bool transposed) 
                         EMULATOR_CALL_SITE);
 }
 
+void stmatrix(uint32_t row, const uint32_t* registers, bool transposed) {
+  block->warp_operation(kStmatrix, ~0u, row, 4 | transposed << 8, const_cast<uint32_t*>(registers),
+                        EMULATOR_CALL_SITE);
+}
+
+// The eight rows of matrix m, whose addresses its lanes have given.
+void Block::rows_of_matrix(char* (&rows)[8], Warp& warp, int m, bool write, void* call_site) {
+  const char* const what = write ? "stmatrix" : "ldmatrix";
+  Thread* const self = current;
+  const size_t first = (&warp - warps.data()) * 32;
+  for (int r = 0; r < 8; ++r) {
+    const int lane = m * 8 + r;
+    const auto address = static_cast<uint32_t>(warp.value[lane]);
+    current = &threads[first + lane];  // it is this lane's access
+    if (address % 16)
+      fail_at(call_site, "%s: the row's address 0x%x is not a multiple of 16", what, address);
+    rows[r] = shared_pointer(address, 16, what, call_site);
+    if (checked()) track_shared(shared_offset(address), 16, write, false, call_site);
+  }
+  current = self;
+}
+
 void Block::load_matrices(Warp& warp, void* call_site) {
   const int matrices = warp.argument[0] & 0xff;
   const bool transposed = warp.argument[0] >> 8 & 1;
-  Thread* const self = current;
-  const size_t first = (&warp - warps.data()) * 32;
   uint32_t loaded[4][32];
   for (int m = 0; m < matrices; ++m) {
-    const char* rows[8];
-    for (int r = 0; r < 8; ++r) {
-      const int lane = m * 8 + r;
-      const auto address = static_cast<uint32_t>(warp.value[lane]);
-      current = &threads[first + lane];  // it is this lane's access
-      if (address % 16)
-        fail_at(call_site, "ldmatrix: the row's address 0x%x is not a multiple of 16", address);
-      rows[r] = shared_pointer(address, 16, "ldmatrix", call_site);
-      if (checked()) track_shared(shared_offset(address), 16, false, false, call_site);
-    }
-    current = self;
+    char* rows[8];
+    rows_of_matrix(rows, warp, m, false, call_site);
     const auto element = [&](int row, int column) {
       uint16_t value;
       std::memcpy(&value, rows[row] + 2 * column, 2);
@@ -46,6 +57,23 @@ void Block::load_matrices(Warp& warp, void* call_site) {
   for (int lane = 0; lane < 32; ++lane)
     for (int m = 0; m < matrices; ++m)
       static_cast<uint32_t*>(warp.pointer[lane])[m] = loaded[m][lane];
+}
+
+void Block::store_matrices(Warp& warp, void* call_site) {
+  const bool transposed = warp.argument[0] >> 8 & 1;
+  for (int m = 0; m < 4; ++m) {
+    char* rows[8];
+    rows_of_matrix(rows, warp, m, true, call_site);
+    for (int lane = 0; lane < 32; ++lane) {
+      const int group = lane / 4, pair = lane % 4 * 2;
+      const uint32_t both = static_cast<const uint32_t*>(warp.pointer[lane])[m];
+      for (int i = 0; i < 2; ++i) {
+        const auto value = static_cast<uint16_t>(both >> (16 * i));
+        const int row = transposed ? pair + i : group, column = transposed ? group : pair + i;
+        std::memcpy(rows[row] + 2 * column, &value, 2);
+      }
+    }
+  }
 }
 
 void mma(WarpOp op, float* c, const uint32_t* a, const uint32_t* b) {
@@ -66,14 +94,12 @@ static float from_bits(uint32_t bits) {
   return x;
 }
 
-static float from_half(WarpOp op, uint32_t bits) {
-  if (op == kMmaBf16) return from_bits(bits << 16);
+float from_half(bool bf16, uint32_t bits) {
+  if (bf16) return from_bits(bits << 16);
   __half_raw raw;
   raw.x = static_cast<unsigned short>(bits);
   return __half2float(__half(raw));
 }
-
-typedef float Row __attribute__((vector_size(32)));  // 8 floats: a row of B or C
 
 void execute_mma(WarpOp op, void* const* pointers) {
   const int depth = op == kMmaTf32 ? 8 : 16;
@@ -91,9 +117,10 @@ void execute_mma(WarpOp op, void* const* pointers) {
     for (int half = 0; half < 2; ++half) {
       for (int i = 0; i < 4; ++i)
         A[group + i % 2 * 8][2 * member + half + i / 2 * 8] =
-            from_half(op, x.a[i] >> (16 * half) & 0xffff);
+            from_half(op == kMmaBf16, x.a[i] >> (16 * half) & 0xffff);
       for (int i = 0; i < 2; ++i)
-        B[2 * member + half + i * 8][group] = from_half(op, x.b[i] >> (16 * half) & 0xffff);
+        B[2 * member + half + i * 8][group] =
+            from_half(op == kMmaBf16, x.b[i] >> (16 * half) & 0xffff);
     }
   }
   for (int row = 0; row < 16; ++row) {

@@ -76,10 +76,22 @@ static void meet_others(const void* address, bool publish) {
 // ---- accesses --------------------------------------------------------------------------------
 
 static bool knows(const View& view, const Access& other) {
-  if (other.block == block->number) return view.own[other.thread] >= other.time;
+  const auto covers = [&](const Clock& clock) {
+    return other.time == 0 || (other.thread < clock.size() && clock[other.thread] >= other.time);
+  };
+  if (other.block == block->number) return covers(view.own);
   if (other.time == 0 || !view.others) return other.time == 0;
   const auto found = view.others->find(other.block);
-  return found != view.others->end() && found->second[other.thread] >= other.time;
+  return found != view.others->end() && covers(found->second);
+}
+
+std::string Block::author(const Access& access) const {
+  const std::string where = "block " + std::to_string(access.block) + ", ";
+  if (access.thread < count) return where + "thread " + std::to_string(access.thread);
+  const uint32_t beyond = access.thread - count;
+  if (beyond < kMostWarps) return where + "wgmma of warp " + std::to_string(beyond);
+  if (beyond < kMostWarps + kMostMbarriers) return where + "TMA";
+  return where + "TMA for thread " + std::to_string(beyond - kMostWarps - kMostMbarriers);
 }
 
 // `buffer`: of which the cells are, or null for shared memory.
@@ -97,22 +109,22 @@ static void track(Cell* cells, const Buffer* buffer, size_t offset, size_t bytes
   };
   const auto check_order = [&](size_t cell, const Access& other, const char* others) {
     if (knows(self.view, other)) return;
-    fail_at(call_site, "race: %s of %s, not ordered after the %s by block %u, thread %u", what,
-            place(cell).c_str(), others, other.block, other.thread);
+    fail_at(call_site, "race: %s of %s, not ordered after the %s by %s", what, place(cell).c_str(),
+            others, block->author(other).c_str());
   };
   for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
     Cell& cell = cells[i];
     if (cell.launch != launch) cell = Cell{};
     cell.launch = launch;
     if (cell.in_flight)
-      fail_at(call_site, "%s of %s while a copy of thread %u is under way", what, place(i).c_str(),
-              cell.writer.thread);
+      fail_at(call_site, "%s of %s while a copy by %s is under way", what, place(i).c_str(),
+              block->author(cell.writer).c_str());
     if (!write && !buffer && !cell.initialised)
       fail_at(call_site, "read of %s, which has not been written", place(i).c_str());
     if (!(atomic && cell.atomic)) check_order(i, cell.writer, "write");
     if (write) {
       for (const Access& reader : cell.reader) check_order(i, reader, "read");
-      cell = Cell{now, {}, launch, true, false, atomic};
+      cell = Cell{now, {}, launch, true, false, atomic, false};
       continue;
     }
     if (atomic) continue;
@@ -129,6 +141,7 @@ void Block::track_shared(size_t offset, size_t bytes, bool write, bool atomic, v
 
 void Block::begin_copy(uint32_t target, size_t bytes, void* call_site) {
   char* const data = shared_pointer(target, bytes, "cp.async", call_site);
+  check_products(target, bytes, "cp.async", call_site);
   if (checked()) {
     const size_t offset = shared_offset(target);
     track_shared(offset, bytes, true, false, call_site);
@@ -144,6 +157,63 @@ void Block::end_copy(uint32_t target, size_t bytes, const Thread& thread) {
     cells[i].in_flight = false;
     cells[i].writer.time = thread.view.own[thread.number];
   }
+}
+
+// ---- the async proxy: TMA and wgmma ---------------------------------------------------------
+//
+// It sees what a thread wrote once that thread has fenced, and the one that starts the reading
+// has learned of the fence. What TMA wrote it sees without one.
+
+// The current thread starts something that reads; `reader`: what will have read, or null.
+void Block::async_read(uint32_t address, size_t bytes, const Access* reader, const char* what,
+                       void* call_site) {
+  const size_t offset = shared_offset(address);
+  for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
+    Cell& cell = cells[i];
+    if (cell.launch != launch->id || !cell.initialised)
+      fail_at(call_site, "%s reads byte %zu of shared memory, which has not been written", what,
+              i * 2);
+    check_async(cell, i, what, call_site);
+    if (reader) cell.reader[1] = cell.reader[0], cell.reader[0] = *reader;
+  }
+}
+
+void Block::check_async(const Cell& cell, size_t i, const char* what, void* call_site) const {
+  const View& view = current->view;
+  if (cell.in_flight)
+    fail_at(call_site, "%s touches byte %zu of shared memory while a copy by %s is under way", what,
+            i * 2, author(cell.writer).c_str());
+  if (!knows(view, cell.writer))
+    fail_at(call_site, "race: %s, byte %zu of shared memory, not ordered after the write by %s",
+            what, i * 2, author(cell.writer).c_str());
+  if (cell.async || cell.writer.time == 0) return;
+  const auto& fences = threads[cell.writer.thread].proxy_fences;
+  const auto fence = std::lower_bound(fences.begin(), fences.end(), cell.writer.time);
+  if (fence == fences.end() || *fence >= view.own[cell.writer.thread])
+    fail_at(call_site,
+            "%s, byte %zu of shared memory: no fence.proxy.async after the write by %s that this"
+            " thread knows of",
+            what, i * 2, author(cell.writer).c_str());
+}
+
+void Block::async_write(uint32_t address, size_t bytes, Access writer, const char* what,
+                        void* call_site) {
+  const size_t offset = shared_offset(address);
+  for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
+    Cell& cell = cells[i];
+    if (cell.launch != launch->id) cell = Cell{};
+    check_async(cell, i, what, call_site);
+    for (const Access& reader : cell.reader)
+      if (!knows(current->view, reader))
+        fail_at(call_site, "race: %s, byte %zu of shared memory, not ordered after the read by %s",
+                what, i * 2, author(reader).c_str());
+    cell = Cell{writer, {}, launch->id, true, true, false, true};
+  }
+}
+
+void Block::end_async_write(uint32_t address, size_t bytes) {
+  const size_t offset = shared_offset(address);
+  for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) cells[i].in_flight = false;
 }
 
 void access(const void* pointer, size_t bytes, bool write, bool atomic, void* call_site) {

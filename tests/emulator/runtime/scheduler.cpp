@@ -76,6 +76,7 @@ void Block::wait(State state, int waits_in, void* call_site) {
 // Goes on with some runnable thread, which may be the same.
 void Block::switch_thread() {
   Thread* next = pick();
+  while (!next && deliver_a_row()) next = pick();
   if (!next) report_stuck("deadlock");
   Thread* previous = current;
   if (next == previous) return;
@@ -103,6 +104,7 @@ void Block::pause() {
   self.call_site = nullptr;
   hide(*this, self);
   Thread* next = pick();
+  if (!next && deliver_a_row()) next = pick();
   const bool others = next != nullptr;
   warps[self.warp].runnable |= 1u << self.lane;
   runnable_warps |= 1u << self.warp;
@@ -122,8 +124,12 @@ void Block::exit_thread() {
       fail_at(operation.call_site, "exits, but lanes %08x wait for it", arrived);
     }
   launch->idle = 0;
+  check_stores(self);
   --live;
   if (live == 0) {
+    if (!loads.empty()) fail_at(loads[0].call_site, "the block ends, and the box is on its way");
+    check_mbarriers();
+    check_warpgroups();
     emulator_switch_stack(&self.stack_pointer, grid_stack_pointer);
     __builtin_unreachable();
   }

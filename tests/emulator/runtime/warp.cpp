@@ -8,12 +8,14 @@
 namespace emulator {
 
 static const char* const kNames[] = {
-    "__syncwarp",        "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",
-    "__shfl_xor_sync",   "__ballot_sync",     "__any_sync",        "__all_sync",
-    "__match_any_sync",  "__match_all_sync",  "__reduce_add_sync", "__reduce_min_sync",
-    "__reduce_min_sync", "__reduce_max_sync", "__reduce_max_sync", "__reduce_and_sync",
-    "__reduce_or_sync",  "__reduce_xor_sync", "ldmatrix",          "mma (bf16)",
-    "mma (f16)",         "mma (tf32)"};
+    "__syncwarp",        "__shfl_sync",        "__shfl_up_sync",    "__shfl_down_sync",
+    "__shfl_xor_sync",   "__ballot_sync",      "__any_sync",        "__all_sync",
+    "__match_any_sync",  "__match_all_sync",   "__reduce_add_sync", "__reduce_min_sync",
+    "__reduce_min_sync", "__reduce_max_sync",  "__reduce_max_sync", "__reduce_and_sync",
+    "__reduce_or_sync",  "__reduce_xor_sync",  "ldmatrix",          "mma (bf16)",
+    "mma (f16)",         "mma (tf32)",         "stmatrix",          "wgmma.mma_async",
+    "wgmma.fence",       "wgmma.commit_group", "wgmma.wait_group",  "elect.sync",
+    "setmaxnreg"};
 
 static bool is_aligned(WarpOp op) { return op >= kLdmatrix; }  // .sync.aligned: one instruction
 
@@ -116,6 +118,19 @@ void Block::execute(Warp& warp, const WarpOperation& operation) {
     case kLdmatrix:
       load_matrices(warp, operation.call_site);
       break;
+    case kStmatrix:
+      store_matrices(warp, operation.call_site);
+      break;
+    case kElect:
+      each_lane([&](int lane) { warp.result[lane] = lane == static_cast<int>(launch->elected); });
+      break;
+    case kWgmma:
+    case kWgmmaFence:
+    case kWgmmaCommit:
+    case kWgmmaWait:
+    case kSetRegisters:
+      execute_warpgroup(warp, operation);
+      break;
     case kMmaBf16:
     case kMmaF16:
     case kMmaTf32:
@@ -185,6 +200,19 @@ std::string Block::describe(const Thread& thread) {
                kNames[operation.op], operation.mask, operation.arrived, warps[thread.warp].exited);
       return text + place_of(thread.call_site);
     }
+    case State::kAtMbarrier: {
+      const auto address = static_cast<uint32_t>(thread.waits_in);
+      const Mbarrier& barrier = mbarriers.at(address);
+      char text[120];
+      snprintf(text, sizeof text,
+               "at the mbarrier at 0x%x (phase %u, %u of %u have come, %ld bytes are missing) at ",
+               address, barrier.phase, barrier.arrivals - barrier.pending, barrier.arrivals,
+               static_cast<long>(barrier.bytes));
+      return text + place_of(thread.call_site);
+    }
+    case State::kForRegisters:
+      return "for " + std::to_string(thread.waits_in) + " registers, at " +
+             place_of(thread.call_site);
     default: {
       const Barrier& barrier = barriers[thread.waits_in];
       return "at barrier " + std::to_string(thread.waits_in) + " (" +
@@ -198,6 +226,8 @@ std::string Block::describe(const Thread& thread) {
 uint64_t collective(WarpOp op, uint32_t mask, uint64_t value, uint64_t argument) {
   return block->warp_operation(op, mask, value, argument, nullptr, EMULATOR_CALL_SITE);
 }
+
+bool elect_one() { return block->warp_operation(kElect, ~0u, 0, 0, nullptr, EMULATOR_CALL_SITE); }
 
 // The least that the manual promises: the lane itself.
 uint32_t active_mask() { return 1u << current->lane; }

@@ -35,8 +35,8 @@ fault(
 )
 fault(
     "training takes the factor of evaluation",
-    "self._ratios[bool(training)]",
-    "self._ratios[False]",
+    "self._ratios[1 if training else 0]",
+    "self._ratios[0]",
     "tests/test_moe.py::test_capacity",
 )
 

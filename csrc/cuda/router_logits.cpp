@@ -23,10 +23,10 @@ at::Tensor with_contiguous_rows(const at::Tensor& t) {
 // Rows that are multiplied along their elements, and columns that are multiplied along the
 // rows: the matrix and its transpose.
 cuda::Operand rows_of(const at::Tensor& t) {
-  return {t.const_data_ptr(), dtype_of(t), t.stride(0), 1};
+  return {t.const_data_ptr(), dtype_of(t), t.stride(0), true};
 }
 cuda::Operand columns_of(const at::Tensor& t) {
-  return {t.const_data_ptr(), dtype_of(t), 1, t.stride(0)};
+  return {t.const_data_ptr(), dtype_of(t), t.stride(0), false};
 }
 
 // out = a b^T (+ bias), summed over k.

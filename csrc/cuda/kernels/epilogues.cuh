@@ -104,15 +104,32 @@ struct Gate {
 template <class T, int N>
 __device__ __forceinline__ void load_pairs(Compute<T> (&gate)[N], Compute<T> (&up)[N], const T* row,
                                            const GateColumns& at, int64_t i, int count) {
-  if (at.step == 1) {
-    load_neighbours<T, N>(gate, row + at.gate + i, count);
-    load_neighbours<T, N>(up, row + at.up + i, count);
-  } else {
-    Compute<T> both[2 * N];
-    load_neighbours<T, 2 * N>(both, row + 2 * i, 2 * count);
+  // Both halves' loads, then both halves' values: they travel together.
+  Neighbours<T, N> low, high;
+  const bool interleaved = at.step != 1;
+  const T* first = row + (interleaved ? 2 * i : at.gate + i);
+  const T* second = interleaved ? first + N : row + at.up + i;
+  with_packs(count == N && in_packs<T, N>(first, second - first, N), [&](auto whole) {
+    low.load(whole, first, interleaved ? 2 * count : count);
+    high.load(whole, second, interleaved ? 2 * count - N : count);
+  });
+  Compute<T> both[2][N];
+  low.values(both[0]);
+  high.values(both[1]);
 #pragma unroll
-    for (int j = 0; j < N; ++j) gate[j] = both[2 * j], up[j] = both[2 * j + 1];
+  for (int j = 0; j < N; ++j) {
+    gate[j] = interleaved ? both[2 * j / N][2 * j % N] : both[0][j];
+    up[j] = interleaved ? both[(2 * j + 1) / N][(2 * j + 1) % N] : both[1][j];
   }
+}
+
+// The same without a gate.
+template <class T, int N>
+__device__ __forceinline__ void load_columns(Compute<T> (&value)[N], const T* from, int count) {
+  Neighbours<T, N> loaded;
+  with_packs(count == N && in_packs<T, N>(from, 0, 0),
+             [&](auto whole) { loaded.load(whole, from, count); });
+  loaded.values(value);
 }
 
 template <class T, int N>
@@ -157,7 +174,7 @@ __device__ __forceinline__ void epilogue_store(const Epilogue& e, int expert, in
   Compute<T> value[N] = {};
   if (e.bias) {
     const T* bias = static_cast<const T*>(e.bias) + expert * e.columns;
-    load_neighbours<T, N>(value, bias + column, count);
+    load_columns<T, N>(value, bias + column, count);
   }
 #pragma unroll
   for (int j = 0; j < N; ++j) value[j] += acc[j];
@@ -180,7 +197,7 @@ __device__ __forceinline__ void epilogue_activate(const Epilogue& e, int expert,
     if (gated) {
       load_pairs<T, N>(g, u, bias, e.at, column, count);
     } else {
-      load_neighbours<T, N>(g, bias + column, count);
+      load_columns<T, N>(g, bias + column, count);
     }
   }
 #pragma unroll
@@ -216,7 +233,7 @@ __device__ __forceinline__ Compute<T> epilogue_backward(const Epilogue& e, int64
   if (gated) {
     load_pairs<T, N>(g, u, kept, e.at, column, count);
   } else {
-    load_neighbours<T, N>(g, kept + column, count);
+    load_columns<T, N>(g, kept + column, count);
   }
 #pragma unroll
   for (int j = 0; j < N; ++j) {

@@ -22,21 +22,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Calls body(T{}) with the element type that `dtype` names.
-template <class Body>
-cudaError_t with_type(Dtype dtype, Body body) {
-  switch (dtype) {
-    case Dtype::f64:
-      return body(double());
-    case Dtype::f32:
-      return body(float());
-    case Dtype::bf16:
-      return body(bf16());
-    default:
-      return body(f16());
-  }
-}
-
 int blocks_for(int64_t items, int64_t most = INT32_MAX) {
   const int64_t blocks = (items + kThreads - 1) / kThreads;
   return static_cast<int>(blocks < most ? blocks : most);

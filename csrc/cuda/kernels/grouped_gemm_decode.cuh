@@ -67,8 +67,13 @@ __host__ __device__ inline int columns_of_block(const Epilogue& e) {
   return kWarps * (is_paired(e) ? kColumns / 2 : kColumns);
 }
 
+// Blocks of a multiprocessor: what registers are for.
+template <int kRows>
+constexpr int kBlocks = kRows == 4 ? 3 : 2;
+
 template <class T, int kRows>
-__global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int column_tiles) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
+    rows_gemm_kernel(RowsGemm g, int column_tiles, bool packs) {
   using C = Compute<T>;
   constexpr int kPack = kMaxPackBytes / sizeof(T);
   const Epilogue& e = g.epilogue;
@@ -106,24 +111,51 @@ __global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int col
         static_cast<const T*>(rows.data) + static_cast<int64_t>(is_there ? from : 0) * rows.stride;
   }
 
+  // The next step's weights are on their way while this one's are multiplied; the terms of
+  // kTogether rows are loaded before the first of them is used.
   C sum[kRows * kColumns] = {};
-  for (int64_t k = lane * kPack; k < g.full.k; k += kWarpSize * kPack) {
-    const int count = g.full.k - k < kPack ? static_cast<int>(g.full.k - k) : kPack;
-    C weight[kColumns][kPack];
+  with_packs(packs, [&](auto whole) {
+    constexpr int kTogether = 4;
+    static_assert(kRows % kTogether == 0);
+    constexpr bool kWhole = decltype(whole)::value;
+    const auto count_at = [&](int64_t k) {
+      return kWhole || g.full.k - k >= kPack ? kPack : static_cast<int>(g.full.k - k);
+    };
+    Neighbours<T, kPack> next[kColumns];
+    const auto fetch = [&](int64_t k) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) load_neighbours<T, kPack>(weight[c], w[c] + k, count);
+      for (int c = 0; c < kColumns; ++c) next[c].load(whole, w[c] + k, count_at(k));
+    };
+    int64_t k = lane * kPack;
+    if (k < g.full.k) fetch(k);
+#pragma unroll 1
+    for (; k < g.full.k; k += kWarpSize * kPack) {
+      C weight[kColumns][kPack];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (!(present >> r & 1)) continue;
-      C value[kPack];
-      load_neighbours<T, kPack>(value, a[r] + k, count);
+      for (int c = 0; c < kColumns; ++c) next[c].values(weight[c]);
+      if (k + kWarpSize * kPack < g.full.k) fetch(k + kWarpSize * kPack);
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
+      for (int first = 0; first < kRows; first += kTogether) {
+        Neighbours<T, kPack> terms[kTogether];
 #pragma unroll
-        for (int i = 0; i < kPack; ++i) sum[r * kColumns + c] += value[i] * weight[c][i];
+        for (int i = 0; i < kTogether; ++i) {
+          if (present >> (first + i) & 1) terms[i].load(whole, a[first + i] + k, count_at(k));
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const int r = first + i;
+          if (!(present >> r & 1)) continue;
+          C value[kPack];
+          terms[i].values(value);
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+            for (int j = 0; j < kPack; ++j) sum[r * kColumns + c] += value[j] * weight[c][j];
+          }
+        }
       }
     }
-  }
+  });
 
   // A rank is short, and the factor may lie either way: an element a lane.
 #pragma unroll 1
@@ -167,6 +199,11 @@ inline bool takes(const RowsGemm& g) {
 
 template <class T, int kRows>
 cudaError_t launch_rows(const RowsGemm& g, cudaStream_t stream) {
+  constexpr int kPack = kMaxPackBytes / sizeof(T);
+  const Product& p = g.full;
+  const bool packs = in_packs<T, kPack>(p.w.data, p.w.n_stride, p.k) &&
+                     in_packs<T, kPack>(p.w.data, p.w.expert_stride, p.k) &&
+                     in_packs<T, kPack>(p.a.data, p.a.stride, p.k);
   const int64_t block_columns = columns_of_block(g.epilogue);
   const int64_t column_tiles = (g.epilogue.columns + block_columns - 1) / block_columns;
   const int64_t blocks = most_row_tiles(g.context.rows, g.context.experts, kRows) * column_tiles;
@@ -174,7 +211,7 @@ cudaError_t launch_rows(const RowsGemm& g, cudaStream_t stream) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   return launch(
       {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, "rows_gemm_decode"},
-      rows_gemm_kernel<T, kRows>, g, static_cast<int>(column_tiles));
+      rows_gemm_kernel<T, kRows>, g, static_cast<int>(column_tiles), packs);
 }
 
 // An expert has at most as many rows as there are tokens (unless a token chose it twice).

@@ -50,13 +50,24 @@ struct RegisterTeam {
 
   template <class T>
   __device__ __forceinline__ void load(Slots<Compute<T>>& value, const T* row, bool present) const {
+    constexpr int kFours = kPerLane / 4;
+    Neighbours<T, 4> held[kFours];  // all of the lane's loads are under way before one is used
+    with_packs(in_packs<T, 4>(row, 0, num_experts), [&](auto whole) {
 #pragma unroll
-    for (int slot = 0; slot < kPerLane; slot += 4) {
-      const int e = expert(slot), left = num_experts - e;
+      for (int i = 0; i < kFours; ++i) {
+        const int e = expert(4 * i);
+        held[i].load(whole, row + e, present ? num_experts - e : 0);
+      }
+    });
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) {
       Compute<T> four[4];
-      load_neighbours<T, 4>(four, row + e, present ? left : 0);
+      held[i].values(four);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) value[slot + i] = i < left ? four[i] : -kInfinity<Compute<T>>;
+      for (int j = 0; j < 4; ++j) {
+        const int slot = 4 * i + j;
+        value[slot] = expert(slot) < num_experts ? four[j] : -kInfinity<Compute<T>>;
+      }
     }
   }
 

@@ -3,8 +3,9 @@
 //
 // A block of 256 threads owns 64 x 64 of out, 4 x 4 a thread. It goes through K in steps of
 // 16: while the threads multiply one step out of shared memory, the next one is on its way
-// from memory into registers, where it is widened. An operand may be contiguous along K or
-// along its rows, a template parameter: it decides which thread loads what.
+// from memory into registers, and is widened only on the way into shared memory, so that no
+// load is waited for before. An operand may be contiguous along K or along its rows, a template
+// parameter: it decides which thread loads what.
 //
 // The order of a sum: ascending k within a slab of 256, then slab after slab, one fused
 // multiply-add after the other; no more than 256 terms meet in one accumulator. Where
@@ -14,12 +15,13 @@
 // slabs that depend on T, E and H alone. No atomics: the same bits every time.
 //
 // Shared memory: 17 KB (float64: 34 KB), static. Any alignment and strides; 16-byte loads
-// where rows have it. FLOPs: 2 M N K, on the ordinary units, because a float32 router
+// where all rows have it. FLOPs: 2 M N K, on the ordinary units, because a float32 router
 // decides and must not lose digits; two 16-byte reads of shared memory feed a thread 16
 // fused multiply-adds. Bytes: a once per 64 columns, b once per 64 rows, out once (and, cut,
 // the parts written and read); the floor is each once, which E <= 64 reaches for x, by far
 // the largest.
 #include <algorithm>
+#include <type_traits>
 
 #include "dtypes.cuh"
 #include "platform.cuh"
@@ -39,63 +41,74 @@ static_assert(kAcross * kAcross == kThreads && kTile * kStep == 4 * kThreads && 
 
 // ---- one step's operand, from memory to shared memory -----------------------------------
 
-template <class T, class A>
-__device__ __forceinline__ void load_four_of(A (&four)[4], const void* data, int64_t index,
-                                             int count) {
-  Compute<T> value[4];
-  load_neighbours<T, 4>(value, static_cast<const T*>(data) + index, count);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) four[i] = static_cast<A>(value[i]);
-}
+// An operand whose type is known at run time only: float64's, which is for checking.
+struct Any {};
 
-// Four neighbours from `index` on, of which `count` exist; zeros for the others.
-template <class A>
-__device__ __forceinline__ void load_four(A (&four)[4], const Operand& from, int64_t index,
-                                          int count) {
-  switch (from.dtype) {
-    case Dtype::f64:
-      return load_four_of<double>(four, from.data, index, count);
-    case Dtype::f32:
-      return load_four_of<float>(four, from.data, index, count);
-    case Dtype::bf16:
-      return load_four_of<bf16>(four, from.data, index, count);
-    default:
-      return load_four_of<f16>(four, from.data, index, count);
+// A thread's four elements of every step's 64 rows x 16 of K: neighbours along K or along rows.
+// They travel as they are, and become the accumulation's A when they are stored.
+template <class A, class T, bool kAlongDepth>
+class Share {
+ public:
+  // first_row, begin, end: the rows' first, and the part of K.
+  __device__ __forceinline__ Share(const Operand& from, int64_t first_row, int64_t rows,
+                                   int64_t begin, int64_t end)
+      : row_(kAlongDepth ? threadIdx.x / 4 : threadIdx.x % 16 * 4),
+        depth_(kAlongDepth ? threadIdx.x % 4 * 4 : threadIdx.x / 16),
+        rows_left_(static_cast<int>(min(rows - first_row, int64_t{kTile})) - row_),
+        depth_left_(static_cast<int>(end - begin) - depth_),
+        dtype_(from.dtype) {
+    const int64_t size = std::is_same_v<T, Any> ? size_of(from.dtype) : sizeof(Held);
+    const int64_t row = first_row + row_, depth = begin + depth_;
+    step_ = size * (kAlongDepth ? kStep : kStep * from.stride);
+    from_ = static_cast<const char*>(from.data) +
+            size * (kAlongDepth ? row * from.stride + depth : row + depth * from.stride);
   }
-}
 
-// A thread's four elements of a tile of 64 rows x 16 of K: neighbours along K or along rows.
-template <class A, bool kAlongDepth>
-struct Share {
-  int row, depth;  // of the first
-  A four[4];
-
-  __device__ __forceinline__ explicit Share(int thread)
-      : row(kAlongDepth ? thread / 4 : thread % 16 * 4),
-        depth(kAlongDepth ? thread % 4 * 4 : thread / 16) {}
-
-  __device__ __forceinline__ void load(const Operand& from, int64_t first_row, int64_t rows,
-                                       int64_t first_k, int64_t end_k) {
-    const int64_t r = first_row + row, k = first_k + depth;
-    const int64_t left = kAlongDepth ? (r < rows ? end_k - k : 0) : (k < end_k ? rows - r : 0);
-    const int count = static_cast<int>(left < 4 ? left : 4);
-    load_four(four, from, r * from.row_stride + k * from.depth_stride, count);
+  // The next step's.
+  template <class Whole>
+  __device__ __forceinline__ void load(Whole whole) {
+    const int count =
+        rows_left_ <= 0 || depth_left_ <= 0 ? 0 : min(kAlongDepth ? depth_left_ : rows_left_, 4);
+    if constexpr (std::is_same_v<T, Any>) {
+      A value[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) value[i] = i < count ? load_as<A>(from_, dtype_, i) : A(0);
+      four_.set(value);
+    } else {
+      four_.load(whole, reinterpret_cast<const T*>(from_), count);
+    }
+    from_ += step_;
+    depth_left_ -= kStep;
   }
 
   __device__ __forceinline__ void store(A (&tile)[kStep][kPitch]) const {
+    Compute<Held> value[4];
+    four_.values(value);
     if constexpr (kAlongDepth) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) tile[depth + i][row] = four[i];
+      for (int i = 0; i < 4; ++i) tile[depth_ + i][row_] = value[i];
     } else {
-      *reinterpret_cast<Pack<A, 4>*>(&tile[depth][row]) = {four[0], four[1], four[2], four[3]};
+      *reinterpret_cast<Pack<A, 4>*>(&tile[depth_][row_]) = {value[0], value[1], value[2],
+                                                             value[3]};
     }
   }
+
+ private:
+  using Held = std::conditional_t<std::is_same_v<T, Any>, A, T>;
+  int row_, depth_;             // of the first, in a step
+  int rows_left_, depth_left_;  // from it on
+  Dtype dtype_;
+  const char* from_;
+  int64_t step_;  // bytes
+  Neighbours<Held, 4> four_;
 };
 
 // ---- the product --------------------------------------------------------------------------
 
-template <class A, bool kAAlongDepth, bool kBAlongDepth>
-__global__ void __launch_bounds__(kThreads) router_product_kernel(const RouterProduct p) {
+// A: what is accumulated in.
+template <class A, class TypeA, bool kAAlongDepth, class TypeB, bool kBAlongDepth>
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 3)
+    router_product_kernel(const RouterProduct p, const bool packs) {
   __shared__ __align__(32) A a_tile[2][kStep][kPitch];
   __shared__ __align__(32) A b_tile[2][kStep][kPitch];
   const int thread = threadIdx.x;
@@ -105,26 +118,28 @@ __global__ void __launch_bounds__(kThreads) router_product_kernel(const RouterPr
   const int64_t split = blockIdx.z, begin = split * p.k_per_split;
   const int64_t end = begin + p.k_per_split < p.k ? begin + p.k_per_split : p.k;
 
-  Share<A, kAAlongDepth> a(thread);
-  Share<A, kBAlongDepth> b(thread);
+  Share<A, TypeA, kAAlongDepth> a(p.a, first_row, p.m, begin, end);
+  Share<A, TypeB, kBAlongDepth> b(p.b, first_column, p.n, begin, end);
   A total[kOwn][kOwn] = {}, sum[kOwn][kOwn] = {};  // sum: of one slab
-  const auto load = [&](int64_t k) {
-    a.load(p.a, first_row, p.m, k, end);
-    b.load(p.b, first_column, p.n, k, end);
+  const auto load = [&] {
+    with_packs(packs, [&](auto whole) {
+      a.load(whole);
+      b.load(whole);
+    });
   };
   const auto store = [&](int stage) {
     a.store(a_tile[stage]);
     b.store(b_tile[stage]);
   };
   if (begin < end) {
-    load(begin);
+    load();
     store(0);
   }
   __syncthreads();
   int stage = 0;
   for (int64_t k = begin; k < end; k += kStep, stage ^= 1) {
     const bool more = k + kStep < end;
-    if (more) load(k + kStep);
+    if (more) load();  // they arrive while this step is multiplied
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
       const auto left = *reinterpret_cast<const Pack<A, kOwn>*>(&a_tile[stage][i][own_row]);
@@ -149,21 +164,42 @@ __global__ void __launch_bounds__(kThreads) router_product_kernel(const RouterPr
     __syncthreads();
   }
 
+  const int64_t row = first_row + own_row, column = first_column + own_column;
+  const auto put = [&](auto* out, auto round) {
 #pragma unroll
-  for (int r = 0; r < kOwn; ++r) {
-    const int64_t row = first_row + own_row + r;
+    for (int r = 0; r < kOwn; ++r) {
 #pragma unroll
-    for (int c = 0; c < kOwn; ++c) {
-      const int64_t column = first_column + own_column + c;
-      if (row >= p.m || column >= p.n) continue;
-      const int64_t index = row * p.n + column;
-      if (p.splits > 1) {
-        static_cast<A*>(p.parts)[split * p.m * p.n + index] = total[r][c];
-      } else {
-        const A bias = p.bias ? load_as<A>(p.bias, p.bias_dtype, column) : A(0);
-        store_as(p.out, p.out_dtype, index, total[r][c] + bias);
+      for (int c = 0; c < kOwn; ++c) {
+        if (row + r < p.m && column + c < p.n)
+          round(out[(row + r) * p.n + column + c], total[r][c]);
       }
     }
+  };
+  if (p.splits > 1) {
+    put(static_cast<A*>(p.parts) + split * p.m * p.n, [](A& to, A value) { to = value; });
+    return;
+  }
+  if (p.bias) {
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c) {
+      if (column + c >= p.n) break;
+      const A bias = load_as<A>(p.bias, p.bias_dtype, column + c);
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r) total[r][c] += bias;
+    }
+  }
+  const auto round = [](auto& to, A value) {
+    round_to(to, static_cast<Compute<std::remove_reference_t<decltype(to)>>>(value));
+  };
+  switch (p.out_dtype) {
+    case Dtype::f64:
+      return put(static_cast<double*>(p.out), round);
+    case Dtype::f32:
+      return put(static_cast<float*>(p.out), round);
+    case Dtype::bf16:
+      return put(static_cast<bf16*>(p.out), round);
+    default:
+      return put(static_cast<f16*>(p.out), round);
   }
 }
 
@@ -181,19 +217,32 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const RouterProduct
   store_as(p.out, p.out_dtype, index, total + bias);
 }
 
-template <class A>
-cudaError_t launch_product(const RouterProduct& p, cudaStream_t stream) {
-  const bool a_along = p.a.depth_stride == 1, b_along = p.b.depth_stride == 1;
-  const auto kernel = a_along && b_along ? router_product_kernel<A, true, true>
-                      : a_along          ? router_product_kernel<A, true, false>
-                                         : router_product_kernel<A, false, false>;
+template <class A, class TypeA, bool kAAlongDepth, class TypeB, bool kBAlongDepth>
+cudaError_t launch_layout(const RouterProduct& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((p.m + kTile - 1) / kTile),
                   static_cast<unsigned>((p.n + kTile - 1) / kTile),
                   static_cast<unsigned>(p.splits));
-  const cudaError_t error = launch({grid, dim3(kThreads), 0, stream, "router_product"}, kernel, p);
+  bool packs = false;
+  if constexpr (!std::is_same_v<TypeA, Any>) {
+    packs = in_packs<TypeA, 4>(p.a.data, p.a.stride, kAAlongDepth ? p.k : p.m) &&
+            in_packs<TypeB, 4>(p.b.data, p.b.stride, kBAlongDepth ? p.k : p.n);
+  }
+  const cudaError_t error =
+      launch({grid, dim3(kThreads), 0, stream, "router_product"},
+             router_product_kernel<A, TypeA, kAAlongDepth, TypeB, kBAlongDepth>, p, packs);
   if (error != cudaSuccess || p.splits == 1) return error;
   const dim3 blocks(static_cast<unsigned>((p.m * p.n + kThreads - 1) / kThreads));
   return launch({blocks, dim3(kThreads), 0, stream, "add_parts"}, add_parts_kernel<A>, p);
+}
+
+// The three products' layouts. Of the two that have the logits' gradient for a, that is of the
+// accumulation's type.
+template <class A, class TypeA, class TypeB>
+cudaError_t launch_product(const RouterProduct& p, cudaStream_t stream) {
+  if (p.b.along_depth) return launch_layout<A, TypeA, true, TypeB, true>(p, stream);
+  using Gradient = std::conditional_t<std::is_same_v<TypeA, Any>, Any, A>;
+  return p.a.along_depth ? launch_layout<A, Gradient, true, TypeB, false>(p, stream)
+                         : launch_layout<A, Gradient, false, TypeB, false>(p, stream);
 }
 
 // ---- sums of columns ------------------------------------------------------------------------
@@ -256,7 +305,16 @@ void plan_splits(RouterProduct& p, Splits splits) {
 
 cudaError_t router_product(const RouterProduct& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return cudaSuccess;
-  return p.is_double ? launch_product<double>(p, stream) : launch_product<float>(p, stream);
+  if (p.is_double) return launch_product<double, Any, Any>(p, stream);
+  return with_type(p.a.dtype, [&](auto a) {
+    return with_type(p.b.dtype, [&](auto b) {
+      if constexpr (sizeof(a) == 8 || sizeof(b) == 8) {
+        return cudaErrorInvalidValue;  // is_double says so
+      } else {
+        return launch_product<float, decltype(a), decltype(b)>(p, stream);
+      }
+    });
+  });
 }
 
 int64_t column_sum_blocks(int64_t m) {

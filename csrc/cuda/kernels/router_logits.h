@@ -15,12 +15,13 @@
 
 namespace moe_ext::cuda {
 
-// Element (row, k) at data + row * row_stride + k * depth_stride, in elements; one of the
-// two strides is 1.
+// Element (row, k) at data + row * stride + k where elements are neighbours along depth, else
+// at data + row + k * stride.
 struct Operand {
   const void* data;
   Dtype dtype;
-  int64_t row_stride, depth_stride;
+  int64_t stride;
+  bool along_depth;
 };
 
 struct RouterProduct {

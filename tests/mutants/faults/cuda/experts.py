@@ -213,13 +213,13 @@ fault = faults(
 )
 fault(
     "a warp's lanes leave out what other warps never took",
-    "k += kWarpSize * kPack",
-    "k += kThreads * kPack",
+    "; k += kWarpSize * kPack",
+    "; k += kThreads * kPack",
 )
 fault(
     "a pack past the end of a row",
-    "const int count = g.full.k - k < kPack ? static_cast<int>(g.full.k - k) : kPack;",
-    "const int count = kPack;",
+    "return kWhole || g.full.k - k >= kPack ? kPack : static_cast<int>(g.full.k - k);",
+    "return kPack;",
     DECODE + "test_sizes",
 )
 fault(

@@ -31,9 +31,15 @@ fault(
 )
 fault(
     "rows past the last are read",
-    "(r < rows ? end_k - k : 0)",
-    "(end_k - k)",
+    "rows_left_ <= 0 || depth_left_ <= 0",
+    "depth_left_ <= 0",
     LOGITS + "test_tiles",
+)
+fault(
+    "where rows are no whole packs, elements past the end of K are read",
+    "min(kAlongDepth ? depth_left_ : rows_left_, 4);",
+    "4;",
+    LOGITS + "test_hidden_sizes",
 )
 fault(
     "the parts' sum has no bias",
@@ -143,8 +149,8 @@ fault(
 fault = faults("csrc/cuda/kernels/route_row.cuh")
 fault(
     "slots past E hold zeros",
-    "value[slot + i] = i < left ? four[i] : -kInfinity<Compute<T>>;",
-    "value[slot + i] = four[i];",
+    "value[slot] = expert(slot) < num_experts ? four[j] : -kInfinity<Compute<T>>;",
+    "value[slot] = four[j];",
     ROUTE + "test_sizes",
 )
 fault(

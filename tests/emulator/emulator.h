@@ -124,6 +124,12 @@ void wgmma_commit();
 void wgmma_wait(int groups);
 void set_registers(int count, bool more);
 
+// ---- approximations: at most so many units of the last place off --------------------------------
+
+constexpr int kEx2Ulps = 2, kRcpUlps = 1;
+float ex2_approx(float x);
+float rcp_approx(float x);
+
 // ---- asynchronous copies ----------------------------------------------------------------------
 
 void cp_async(uint32_t target, const void* source, int size, int bytes);

@@ -260,3 +260,50 @@ def test_rounding_to_tf32(micro, seed):
     micro("to_tf32", ctypes.c_int(len(expected)), inputs, out)
     micro.golden("to_tf32", out)
     assert out.tolist() == [signed(x) for x in expected.values()]
+
+
+# ---- approximations ------------------------------------------------------------------
+
+INF, NAN, SUBNORMAL = float("inf"), float("nan"), 2.0**-127
+
+
+def approximate(micro, kernel, values):
+    """What a kernel makes of any number of values."""
+    padded = torch.zeros(-(-len(values) // 32) * 32)
+    padded[: len(values)] = torch.as_tensor(values)
+    out = torch.full_like(padded, NAN)
+    micro(kernel, len(padded) // 32, padded, out)
+    return out[: len(values)]
+
+
+APPROXIMATIONS = {  # exact value, units of the last place, inputs' exponents, special values
+    "ex2_approx": (
+        torch.exp2, 2, (-20, 7),
+        {0.0: 1, SUBNORMAL: 1, -SUBNORMAL: 1, INF: INF, -INF: 0, 128: INF, -127: 0},
+    ),
+    "rcp_approx": (
+        torch.reciprocal, 1, (-120, 120),
+        {0.0: INF, SUBNORMAL: INF, -SUBNORMAL: -INF, INF: 0, -INF: 0, 2.0**127: 0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", APPROXIMATIONS)
+def test_approximations(micro, seed, kernel):
+    exact, ulps, exponents, special = APPROXIMATIONS[kernel]
+    generator = torch.Generator().manual_seed(0)
+    exponent = torch.randint(*exponents, (4000,), generator=generator)
+    x = torch.ldexp(torch.rand(4000, generator=generator) + 1, exponent)
+    x = torch.where(torch.rand(4000, generator=generator) < 0.5, x, -x)
+    expected = exact(x.double())
+    x, expected = (t[expected.log2().abs() < 126] for t in (x, expected.abs()))
+    out = approximate(micro, kernel, x)
+    unit = torch.ldexp(torch.ones_like(expected), expected.log2().floor().int() - 23)
+    error = (out.abs().double() - expected) / unit
+    assert (error.abs() <= ulps).all()
+    assert kernel == "ex2_approx" or torch.equal(out.sign(), x.sign())
+    if micro_kernels.BACKEND == "emulated":  # it errs as far as it may, both ways
+        assert error.max() > ulps - 0.5 and error.min() < 0.5 - ulps
+    assert torch.equal(approximate(micro, kernel, x), out)
+    assert approximate(micro, kernel, list(special)).tolist() == list(special.values())
+    assert approximate(micro, kernel, [NAN]).isnan().all()

@@ -20,6 +20,7 @@
 
 #include "dtypes.cuh"
 #include "grouped_ffn.h"
+#include "ptx.cuh"
 
 namespace moe_ext::cuda {
 
@@ -30,10 +31,23 @@ __device__ __forceinline__ double exp_of(double x) { return exp(x); }
 __device__ __forceinline__ float erf_of(float x) { return erff(x); }
 __device__ __forceinline__ double erf_of(double x) { return erf(x); }
 
-template <class C>
-__device__ __forceinline__ C sigmoid(C x) {
-  return C(1) / (C(1) + exp_of(-x));
-}
+// What activations are made of, for results that are stored as T. Rounding to 16 bits hides the
+// error of the special function unit, some 2^-21 of a value; wider results have e^x and the
+// division as IEEE wants it.
+template <class T>
+struct Elementary {
+  using C = Compute<T>;
+  static constexpr bool kApproximate = sizeof(T) == 2;
+
+  static __device__ __forceinline__ C exp(C x) {
+    if constexpr (kApproximate) return ptx::ex2_approx(x * 1.44269504088896340736f);
+    return exp_of(x);
+  }
+  static __device__ __forceinline__ C sigmoid(C x) {
+    if constexpr (kApproximate) return ptx::rcp_approx(1.0f + exp(-x));
+    return C(1) / (C(1) + exp(-x));
+  }
+};
 
 // phi(g) and its derivative.
 template <class C>
@@ -41,21 +55,23 @@ struct Phi {
   C value, slope;
 };
 
-template <class C>
-__device__ __forceinline__ Phi<C> phi(Activation kind, C g, C alpha) {
+template <class T>
+__device__ __forceinline__ Phi<Compute<T>> phi(Activation kind, Compute<T> g, Compute<T> alpha) {
+  using C = Compute<T>;
+  using Functions = Elementary<T>;
   switch (kind) {
     case Activation::silu: {
-      const C s = sigmoid(g * alpha);
+      const C s = Functions::sigmoid(g * alpha);
       return {g * s, s + g * s * (C(1) - s) * alpha};
     }
     case Activation::gelu: {
       const C cdf = C(0.5) + C(0.5) * erf_of(g * C(0.70710678118654752440));
-      return {g * cdf, cdf + g * exp_of(g * g * C(-0.5)) * C(0.39894228040143267794)};
+      return {g * cdf, cdf + g * Functions::exp(g * g * C(-0.5)) * C(0.39894228040143267794)};
     }
     case Activation::gelu_tanh: {
       // 0.5 (1 + tanh(u)) = sigmoid(2u)
       const C scale = C(2 * 0.79788456080286535588), cubic = C(0.044715);
-      const C s = sigmoid(g * scale * (C(1) + g * g * cubic));
+      const C s = Functions::sigmoid(g * scale * (C(1) + g * g * cubic));
       return {g * s, s + g * s * (C(1) - s) * scale * (C(1) + g * g * (3 * cubic))};
     }
     default: {  // Comparisons are written so that NaN passes through.
@@ -66,9 +82,10 @@ __device__ __forceinline__ Phi<C> phi(Activation kind, C g, C alpha) {
   }
 }
 
-// An activation with its numbers in the compute type.
-template <class C>
+// An activation of results that are stored as T, with its numbers in the compute type.
+template <class T>
 struct Gate {
+  using C = Compute<T>;
   Activation kind;
   C limit, alpha, up_offset;
 
@@ -84,14 +101,14 @@ struct Gate {
   }
 
   __device__ __forceinline__ C value(C g, C u) const {
-    return phi(kind, clamp_gate(g), alpha).value * (clamp_up(u) + up_offset);
+    return phi<T>(kind, clamp_gate(g), alpha).value * (clamp_up(u) + up_offset);
   }
 
   struct Derivatives {
     C value, gate, up;
   };
   __device__ __forceinline__ Derivatives derivatives(C g, C u) const {
-    const Phi<C> f = phi(kind, clamp_gate(g), alpha);
+    const Phi<C> f = phi<T>(kind, clamp_gate(g), alpha);
     const C factor = clamp_up(u) + up_offset;
     return {f.value * factor, g > limit ? C(0) : f.slope * factor,
             u > limit || u < -limit ? C(0) : f.value};
@@ -190,7 +207,7 @@ __device__ __forceinline__ void epilogue_activate(const Epilogue& e, int expert,
   const int count = columns_left<T, N>(e, column);
   const bool gated = e.activation.gated;
   const int64_t width = gated ? 2 * e.columns : e.columns;
-  const Gate<C> act(e.activation);
+  const Gate<T> act(e.activation);
   C g[N] = {}, u[N] = {}, a[N];
   if (e.bias) {
     const T* bias = static_cast<const T*>(e.bias) + expert * width;
@@ -204,7 +221,7 @@ __device__ __forceinline__ void epilogue_activate(const Epilogue& e, int expert,
   for (int j = 0; j < N; ++j) {
     g[j] += gate[j];
     if (gated) u[j] += up[j];
-    a[j] = gated ? act.value(g[j], u[j]) : phi(act.kind, g[j], act.alpha).value;
+    a[j] = gated ? act.value(g[j], u[j]) : phi<T>(act.kind, g[j], act.alpha).value;
   }
   if (e.kept) {
     T* kept = static_cast<T*>(e.kept) + row * width;
@@ -226,7 +243,7 @@ __device__ __forceinline__ Compute<T> epilogue_backward(const Epilogue& e, int64
   const int count = columns_left<T, N>(e, column);
   const bool gated = e.activation.gated;
   const int64_t width = gated ? 2 * e.columns : e.columns;
-  const Gate<C> act(e.activation);
+  const Gate<T> act(e.activation);
   const T* kept = static_cast<const T*>(e.kept) + row * width;
   const C w = row_weight<C>(e, row);
   C g[N], u[N], a[N], score = C(0);
@@ -239,10 +256,10 @@ __device__ __forceinline__ Compute<T> epilogue_backward(const Epilogue& e, int64
   for (int j = 0; j < N; ++j) {
     const C upstream = w * da[j];
     if (gated) {
-      const typename Gate<C>::Derivatives d = act.derivatives(g[j], u[j]);
+      const typename Gate<T>::Derivatives d = act.derivatives(g[j], u[j]);
       a[j] = d.value, g[j] = upstream * d.gate, u[j] = upstream * d.up;
     } else {
-      const Phi<C> f = phi(act.kind, g[j], act.alpha);
+      const Phi<C> f = phi<T>(act.kind, g[j], act.alpha);
       a[j] = f.value, g[j] = upstream * f.slope;
     }
     if (j < count) score += da[j] * a[j];

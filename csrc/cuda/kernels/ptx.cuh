@@ -151,4 +151,31 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 #endif
 }
 
+// ---- approximations, by the special function unit ------------------------------------
+//
+// Subnormal numbers are zeros, of inputs and of results (.ftz); beyond the range there are
+// infinities, and NaN stays NaN.
+
+// 2^x, at most 2 units of the last place off.
+__device__ __forceinline__ float ex2_approx(float x) {
+#ifdef MOE_EXT_EMULATOR
+  return emulator::ex2_approx(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// 1 / x, at most 1 unit of the last place off.
+__device__ __forceinline__ float rcp_approx(float x) {
+#ifdef MOE_EXT_EMULATOR
+  return emulator::rcp_approx(x);
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 }  // namespace moe_ext::cuda::ptx

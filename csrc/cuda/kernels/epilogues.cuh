@@ -1,282 +1,341 @@
-// What becomes of a RowsGemm's accumulators, in registers: a kernel that has computed N
-// neighbouring columns of one row calls the function of the epilogue's kind.
+// What becomes of a RowsGemm's accumulators, in registers. A kernel that has computed N
+// neighbouring columns of some rows of an expert asks once which epilogue it is (with_epilogue),
+// makes that epilogue's object for its columns, and gives it row after row:
 //
-//   epilogue_store      out[r][n] = acc + bias[n]
-//   epilogue_activate   h = acc + bias (kept if asked for), out[r][i] = act(h)
-//   epilogue_backward   acc is dA[r][i] = <dy, W_down column i>, before the routing weight w:
-//                       A is recomputed from the kept h; dh[r] = w dA act'(h),
-//                       out[r][i] = w A; returns <dA, A> over its columns, the row's part
-//                       of the router's gradient
+//   StoreColumns      out[r][n] = acc + bias[n]
+//   ActivateColumns   h = acc + bias (kept if asked for), out[r][i] = act(h)
+//   BackwardColumns   acc is dA[r][i] = <dy, W_down column i>, before the routing weight w:
+//                     A is recomputed from the kept h; dh[r] = w dA act'(h),
+//                     out[r][i] = w A; returns <dA, A> over its columns, the row's part
+//                     of the router's gradient
 //
-// What an activation is, whether there is a bias and how gate and up lie in a row of 2I are
-// run-time branches: they cost nothing beside the products, and every further template
-// would be compiled for every tile. N is what a kernel's layout of accumulators gives: 1,
-// 2 (mma.sync), 4, 8; columns past the end are neither read nor written. Aligned packs move
-// in one instruction, others element by element.
+// What does not change from row to row, biases and where packs move in one instruction, is known
+// before the first. What a row needs from memory comes in two steps that a kernel may take rows
+// ahead: look_up, then fetch. N is what a kernel's layout of accumulators gives: 1, 2, 4, 8;
+// columns past the end are neither read nor written.
 //
 // Arithmetic is in the compute type (float32, or float64); a value is rounded once, when it
 // is stored. Every element depends on its own row only.
 #pragma once
 
-#include "dtypes.cuh"
-#include "grouped_ffn.h"
-#include "ptx.cuh"
+#include "activations.cuh"
 
 namespace moe_ext::cuda {
 
-// ---- activations -----------------------------------------------------------------
+// ---- columns of rows -----------------------------------------------------------------
 
-__device__ __forceinline__ float exp_of(float x) { return expf(x); }
-__device__ __forceinline__ double exp_of(double x) { return exp(x); }
-__device__ __forceinline__ float erf_of(float x) { return erff(x); }
-__device__ __forceinline__ double erf_of(double x) { return erf(x); }
-
-// What activations are made of, for results that are stored as T. Rounding to 16 bits hides the
-// error of the special function unit, some 2^-21 of a value; wider results have e^x and the
-// division as IEEE wants it.
-template <class T>
-struct Elementary {
-  using C = Compute<T>;
-  static constexpr bool kApproximate = sizeof(T) == 2;
-
-  static __device__ __forceinline__ C exp(C x) {
-    if constexpr (kApproximate) return ptx::ex2_approx(x * 1.44269504088896340736f);
-    return exp_of(x);
-  }
-  static __device__ __forceinline__ C sigmoid(C x) {
-    if constexpr (kApproximate) return ptx::rcp_approx(1.0f + exp(-x));
-    return C(1) / (C(1) + exp(-x));
-  }
-};
-
-// phi(g) and its derivative.
-template <class C>
-struct Phi {
-  C value, slope;
-};
-
-template <class T>
-__device__ __forceinline__ Phi<Compute<T>> phi(Activation kind, Compute<T> g, Compute<T> alpha) {
-  using C = Compute<T>;
-  using Functions = Elementary<T>;
-  switch (kind) {
-    case Activation::silu: {
-      const C s = Functions::sigmoid(g * alpha);
-      return {g * s, s + g * s * (C(1) - s) * alpha};
-    }
-    case Activation::gelu: {
-      const C cdf = C(0.5) + C(0.5) * erf_of(g * C(0.70710678118654752440));
-      return {g * cdf, cdf + g * Functions::exp(g * g * C(-0.5)) * C(0.39894228040143267794)};
-    }
-    case Activation::gelu_tanh: {
-      // 0.5 (1 + tanh(u)) = sigmoid(2u)
-      const C scale = C(2 * 0.79788456080286535588), cubic = C(0.044715);
-      const C s = Functions::sigmoid(g * scale * (C(1) + g * g * cubic));
-      return {g * s, s + g * s * (C(1) - s) * scale * (C(1) + g * g * (3 * cubic))};
-    }
-    default: {  // Comparisons are written so that NaN passes through.
-      const C positive = g < C(0) ? C(0) : g;
-      if (kind == Activation::relu) return {positive, g > C(0) ? C(1) : C(0)};
-      return {positive * positive, C(2) * positive};
-    }
-  }
+// From the order of memory, N and N neighbours, to N gates and the N ups beside them; and back.
+template <class C, int N>
+__device__ __forceinline__ void split(C (&first)[N], C (&second)[N], bool interleaved) {
+  if (!interleaved) return;
+  C both[2 * N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) both[j] = first[j], both[N + j] = second[j];
+#pragma unroll
+  for (int j = 0; j < N; ++j) first[j] = both[2 * j], second[j] = both[2 * j + 1];
+}
+template <class C, int N>
+__device__ __forceinline__ void join(C (&gate)[N], C (&up)[N], bool interleaved) {
+  if (!interleaved) return;
+  C both[2 * N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) both[2 * j] = gate[j], both[2 * j + 1] = up[j];
+#pragma unroll
+  for (int j = 0; j < N; ++j) gate[j] = both[j], up[j] = both[N + j];
 }
 
-// An activation of results that are stored as T, with its numbers in the compute type.
-template <class T>
-struct Gate {
+// N neighbouring columns, from `column` on, of the rows of a matrix; kGated: N gates and their
+// ups, which lie as GateColumns says. Rows are `stride` elements apart.
+template <class T, int N, bool kGated>
+class ColumnsOfRows {
   using C = Compute<T>;
-  Activation kind;
-  C limit, alpha, up_offset;
+  static constexpr int kParts = kGated ? 2 : 1;
 
-  __device__ __forceinline__ explicit Gate(const ActivationSpec& spec)
-      : kind(spec.phi),
-        limit(static_cast<C>(spec.limit)),
-        alpha(static_cast<C>(spec.alpha)),
-        up_offset(static_cast<C>(spec.up_offset)) {}
-
-  __device__ __forceinline__ C clamp_gate(C g) const { return g > limit ? limit : g; }
-  __device__ __forceinline__ C clamp_up(C u) const {
-    return u > limit ? limit : u < -limit ? -limit : u;
-  }
-
-  __device__ __forceinline__ C value(C g, C u) const {
-    return phi<T>(kind, clamp_gate(g), alpha).value * (clamp_up(u) + up_offset);
-  }
-
-  struct Derivatives {
-    C value, gate, up;
+ public:
+  struct Held {
+    Neighbours<T, N> part[kParts];
   };
-  __device__ __forceinline__ Derivatives derivatives(C g, C u) const {
-    const Phi<C> f = phi<T>(kind, clamp_gate(g), alpha);
-    const C factor = clamp_up(u) + up_offset;
-    return {f.value * factor, g > limit ? C(0) : f.slope * factor,
-            u > limit || u < -limit ? C(0) : f.value};
+
+  __device__ __forceinline__ ColumnsOfRows(const void* matrix, int64_t stride,
+                                           const GateColumns& at, int64_t columns, int64_t column)
+      : stride_(stride),
+        interleaved_(kGated && at.step != 1),
+        whole_(in_packs<T, N>(matrix, stride, columns)) {
+    const int64_t left = columns - column;
+    count_ = left > N ? N : left > 0 ? static_cast<int>(left) : 0;
+    // Threads without columns look at the first ones, and store nothing.
+    const int64_t i = left > 0 ? column : 0;
+    T* const rows = static_cast<T*>(const_cast<void*>(matrix));
+    first_ = rows ? rows + (interleaved_ ? 2 * i : i) : nullptr;
+    second_ = interleaved_ ? N : at.up;
   }
+
+  // How many of the N exist; whether there is a matrix.
+  __device__ __forceinline__ int count() const { return count_; }
+  __device__ __forceinline__ explicit operator bool() const { return first_ != nullptr; }
+
+  __device__ __forceinline__ Held load(int64_t row) const {
+    Held held;
+    const T* from = first_ + row * stride_;
+    with_packs(whole_, [&](auto whole) {
+      constexpr bool kWhole = decltype(whole)::value;
+      held.part[0].load(whole, from, kWhole ? N : first_count());
+      if constexpr (kGated) {
+        held.part[1].load(whole, from + second_, kWhole ? N : second_count());
+      }
+    });
+    return held;
+  }
+
+  __device__ __forceinline__ void values(const Held& held, C (&gate)[N], C (&up)[N]) const {
+    held.part[0].values(gate);
+    if constexpr (kGated) {
+      held.part[1].values(up);
+      split(gate, up, interleaved_);
+    }
+  }
+
+  // Rounds. `exists`: else the row is not touched.
+  __device__ __forceinline__ void store(int64_t row, C (&gate)[N], C (&up)[N], bool exists) const {
+    if constexpr (kGated) join(gate, up, interleaved_);
+    T* to = first_ + row * stride_;
+    Neighbours<T, N> first, second;
+    first.set(gate);
+    if constexpr (kGated) second.set(up);
+    with_packs(whole_, [&](auto whole) {
+      first.store(whole, to, exists ? first_count() : 0);
+      if constexpr (kGated) second.store(whole, to + second_, exists ? second_count() : 0);
+    });
+  }
+
+ private:
+  __device__ __forceinline__ int first_count() const {
+    return interleaved_ ? min(2 * count_, N) : count_;
+  }
+  __device__ __forceinline__ int second_count() const {
+    return interleaved_ ? 2 * count_ - first_count() : count_;
+  }
+
+  T* first_;
+  int64_t stride_, second_;
+  int count_;
+  bool interleaved_, whole_;
 };
 
-// ---- rows of preactivations --------------------------------------------------------
-
-// N gate and N up values, from column i on, of a row that lies as `at` says.
-template <class T, int N>
-__device__ __forceinline__ void load_pairs(Compute<T> (&gate)[N], Compute<T> (&up)[N], const T* row,
-                                           const GateColumns& at, int64_t i, int count) {
-  // Both halves' loads, then both halves' values: they travel together.
-  Neighbours<T, N> low, high;
-  const bool interleaved = at.step != 1;
-  const T* first = row + (interleaved ? 2 * i : at.gate + i);
-  const T* second = interleaved ? first + N : row + at.up + i;
-  with_packs(count == N && in_packs<T, N>(first, second - first, N), [&](auto whole) {
-    low.load(whole, first, interleaved ? 2 * count : count);
-    high.load(whole, second, interleaved ? 2 * count - N : count);
-  });
-  Compute<T> both[2][N];
-  low.values(both[0]);
-  high.values(both[1]);
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    gate[j] = interleaved ? both[2 * j / N][2 * j % N] : both[0][j];
-    up[j] = interleaved ? both[(2 * j + 1) / N][(2 * j + 1) % N] : both[1][j];
-  }
+// The width of a row of preactivations.
+template <bool kGated>
+__device__ __forceinline__ int64_t width_of(const Epilogue& e) {
+  return kGated ? 2 * e.columns : e.columns;
 }
 
-// The same without a gate.
-template <class T, int N>
-__device__ __forceinline__ void load_columns(Compute<T> (&value)[N], const T* from, int count) {
-  Neighbours<T, N> loaded;
-  with_packs(count == N && in_packs<T, N>(from, 0, 0),
-             [&](auto whole) { loaded.load(whole, from, count); });
-  loaded.values(value);
-}
+// ---- routing weights -------------------------------------------------------------------
+//
+// 1 where the rows are wanted for themselves, 0 where a row is no assignment's. `e` is an Epilogue
+// or a BiasGradient.
 
-template <class T, int N>
-__device__ __forceinline__ void store_pairs(T* row, const Compute<T> (&gate)[N],
-                                            const Compute<T> (&up)[N], const GateColumns& at,
-                                            int64_t i, int count) {
-  if (at.step == 1) {
-    store_neighbours<T, N>(row + at.gate + i, gate, count);
-    store_neighbours<T, N>(row + at.up + i, up, count);
-  } else {
-    Compute<T> both[2 * N];
-#pragma unroll
-    for (int j = 0; j < N; ++j) both[2 * j] = gate[j], both[2 * j + 1] = up[j];
-    store_neighbours<T, 2 * N>(row + 2 * i, both, 2 * count);
-  }
+template <class Weighted>
+__device__ __forceinline__ bool has_weight(const Weighted& e, int32_t assignment) {
+  return assignment >= 0 && assignment < e.assignments;
 }
-
-// The routing weight of a row: 1 where the rows are wanted for themselves, 0 where the row is no
-// assignment's. `e` is an Epilogue or a BiasGradient.
+template <class Weighted>
+__device__ __forceinline__ int32_t assignment_of(const Weighted& e, int64_t row) {
+  return e.weights ? e.row_assignment[row] : 0;
+}
 template <class C, class Weighted>
-__device__ __forceinline__ C row_weight(const Weighted& e, int64_t row) {
+__device__ __forceinline__ C weight_of(const Weighted& e, int32_t assignment) {
   if (!e.weights) return C(1);
-  const int32_t assignment = e.row_assignment[row];
-  const bool has_one = assignment >= 0 && assignment < e.assignments;
-  return has_one ? load_as<C>(e.weights, e.weights_dtype, assignment) : C(0);
+  return has_weight(e, assignment) ? load_as<C>(e.weights, e.weights_dtype, assignment) : C(0);
 }
+
+// The same for weights of T or float32, in two steps, of which the first does not wait.
+template <class T>
+class HeldWeight {
+  using C = Compute<T>;
+  static constexpr bool kRaw = sizeof(T) == 2;
+
+ public:
+  __device__ __forceinline__ HeldWeight(const Epilogue& e, int32_t assignment) {
+    if constexpr (kRaw) {
+      held_ = e.weights ? 0 : __float_as_uint(1.0f);
+      if (!e.weights || !has_weight(e, assignment)) return;
+      held_ = e.weights_dtype == Dtype::f32 ? static_cast<const uint32_t*>(e.weights)[assignment]
+                                            : static_cast<const uint16_t*>(e.weights)[assignment];
+    } else {
+      held_ = weight_of<C>(e, assignment);
+    }
+  }
+
+  __device__ __forceinline__ C value(const Epilogue& e) const {
+    if constexpr (kRaw) {
+      float narrow, unused;
+      from_word(held_, narrow, unused, T());
+      return !e.weights || e.weights_dtype == Dtype::f32 ? __uint_as_float(held_) : narrow;
+    } else {
+      return held_;
+    }
+  }
+
+ private:
+  std::conditional_t<kRaw, uint32_t, C> held_;
+};
 
 // ---- the epilogues -----------------------------------------------------------------
 //
-// `acc` (or `gate` and `up`) are columns column..column+N-1 of row `row` of expert
-// `expert`; the row holds something; column < e.columns.
+// `first` (with a gate `gate` and `up`) are the accumulators of the object's columns; a row
+// that does not `exist` computes along with its warp, from any row that does, and stores nothing.
 
 template <class T, int N>
-__device__ __forceinline__ int columns_left(const Epilogue& e, int64_t column) {
-  return e.columns - column < N ? static_cast<int>(e.columns - column) : N;
-}
-
-template <class T, int N>
-__device__ __forceinline__ void epilogue_store(const Epilogue& e, int expert, int64_t row,
-                                               int64_t column, const Compute<T> (&acc)[N]) {
-  const int count = columns_left<T, N>(e, column);
-  Compute<T> value[N] = {};
-  if (e.bias) {
-    const T* bias = static_cast<const T*>(e.bias) + expert * e.columns;
-    load_columns<T, N>(value, bias + column, count);
-  }
-#pragma unroll
-  for (int j = 0; j < N; ++j) value[j] += acc[j];
-  store_neighbours<T, N>(static_cast<T*>(e.out) + row * e.out_stride + column, value, count);
-}
-
-// Without a gate, `up` is not looked at.
-template <class T, int N>
-__device__ __forceinline__ void epilogue_activate(const Epilogue& e, int expert, int64_t row,
-                                                  int64_t column, const Compute<T> (&gate)[N],
-                                                  const Compute<T> (&up)[N]) {
+class StoreColumns {
   using C = Compute<T>;
-  const int count = columns_left<T, N>(e, column);
-  const bool gated = e.activation.gated;
-  const int64_t width = gated ? 2 * e.columns : e.columns;
-  const Gate<T> act(e.activation);
-  C g[N] = {}, u[N] = {}, a[N];
-  if (e.bias) {
-    const T* bias = static_cast<const T*>(e.bias) + expert * width;
-    if (gated) {
-      load_pairs<T, N>(g, u, bias, e.at, column, count);
-    } else {
-      load_columns<T, N>(g, bias + column, count);
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    g[j] += gate[j];
-    if (gated) u[j] += up[j];
-    a[j] = gated ? act.value(g[j], u[j]) : phi<T>(act.kind, g[j], act.alpha).value;
-  }
-  if (e.kept) {
-    T* kept = static_cast<T*>(e.kept) + row * width;
-    if (gated) {
-      store_pairs<T, N>(kept, g, u, e.at, column, count);
-    } else {
-      store_neighbours<T, N>(kept + column, g, count);
-    }
-  }
-  store_neighbours<T, N>(static_cast<T*>(e.out) + row * e.out_stride + column, a, count);
-}
 
-// Returns the sum over its columns of dA * A: to be added over the row's columns in a fixed
+ public:
+  struct Held {};
+
+  __device__ __forceinline__ StoreColumns(const Epilogue& e, int expert, int64_t column)
+      : out_(e.out, e.out_stride, e.at, e.columns, column) {
+    if (!e.bias) return;
+    const Columns bias(e.bias, e.columns, e.at, e.columns, column);
+    bias.values(bias.load(expert), bias_, bias_);
+  }
+
+  __device__ __forceinline__ int32_t look_up(int64_t) const { return 0; }
+  __device__ __forceinline__ Held fetch(int64_t, int32_t) const { return {}; }
+  __device__ __forceinline__ C finish(int64_t row, bool exists, const Held&, const C (&acc)[N],
+                                      const C (&)[N]) const {
+    C value[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) value[j] = bias_[j] + acc[j];
+    out_.store(row, value, value, exists);
+    return C(0);
+  }
+
+ private:
+  using Columns = ColumnsOfRows<T, N, false>;
+  Columns out_;
+  C bias_[N] = {};
+};
+
+template <class T, int N, bool kGated>
+class ActivateColumns {
+  using C = Compute<T>;
+
+ public:
+  struct Held {};
+
+  __device__ __forceinline__ ActivateColumns(const Epilogue& e, int expert, int64_t column)
+      : activated_(e.activation),
+        kept_(e.kept, width_of<kGated>(e), e.at, e.columns, column),
+        out_(e.out, e.out_stride, e.at, e.columns, column) {
+    if (!e.bias) return;
+    const Preactivations bias(e.bias, width_of<kGated>(e), e.at, e.columns, column);
+    bias.values(bias.load(expert), gate_bias_, up_bias_);
+  }
+
+  __device__ __forceinline__ int32_t look_up(int64_t) const { return 0; }
+  __device__ __forceinline__ Held fetch(int64_t, int32_t) const { return {}; }
+  __device__ __forceinline__ C finish(int64_t row, bool exists, const Held&, const C (&gate)[N],
+                                      const C (&up)[N]) const {
+    C g[N], u[N], a[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      g[j] = gate_bias_[j] + gate[j];
+      u[j] = up_bias_[j] + up[j];
+    }
+    activated_.apply(g, u, a);
+    if (kept_) kept_.store(row, g, u, exists);
+    out_.store(row, a, a, exists);
+    return C(0);
+  }
+
+ private:
+  using Preactivations = ColumnsOfRows<T, N, kGated>;
+  Activated<T, kGated> activated_;
+  Preactivations kept_;
+  ColumnsOfRows<T, N, false> out_;
+  C gate_bias_[N] = {}, up_bias_[N] = {};
+};
+
+// finish returns the sum over its columns of dA * A: to be added over the row's columns in a fixed
 // order, and written to score_parts[tile * R + row].
-template <class T, int N>
-__device__ __forceinline__ Compute<T> epilogue_backward(const Epilogue& e, int64_t row,
-                                                        int64_t column, const Compute<T> (&da)[N]) {
+template <class T, int N, bool kGated>
+class BackwardColumns {
   using C = Compute<T>;
-  const int count = columns_left<T, N>(e, column);
-  const bool gated = e.activation.gated;
-  const int64_t width = gated ? 2 * e.columns : e.columns;
-  const Gate<T> act(e.activation);
-  const T* kept = static_cast<const T*>(e.kept) + row * width;
-  const C w = row_weight<C>(e, row);
-  C g[N], u[N], a[N], score = C(0);
-  if (gated) {
-    load_pairs<T, N>(g, u, kept, e.at, column, count);
-  } else {
-    load_columns<T, N>(g, kept + column, count);
+  using Preactivations = ColumnsOfRows<T, N, kGated>;
+
+ public:
+  struct Held {
+    typename Preactivations::Held preactivations;
+    HeldWeight<T> weight;
+  };
+
+  __device__ __forceinline__ BackwardColumns(const Epilogue& e, int, int64_t column)
+      : e_(e),
+        activated_(e.activation),
+        kept_(e.kept, width_of<kGated>(e), e.at, e.columns, column),
+        dh_(e.dh, width_of<kGated>(e), e.at, e.columns, column),
+        out_(e.out, e.out_stride, e.at, e.columns, column) {}
+
+  __device__ __forceinline__ int32_t look_up(int64_t row) const { return assignment_of(e_, row); }
+  __device__ __forceinline__ Held fetch(int64_t row, int32_t assignment) const {
+    return {kept_.load(row), HeldWeight<T>(e_, assignment)};
   }
+  __device__ __forceinline__ C finish(int64_t row, bool exists, const Held& held, const C (&da)[N],
+                                      const C (&)[N]) const {
+    const C w = held.weight.value(e_);
+    C g[N], u[N], a[N], score = C(0);
+    kept_.values(held.preactivations, g, u);
+    activated_.differentiate(g, u, a);
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
-    const C upstream = w * da[j];
-    if (gated) {
-      const typename Gate<T>::Derivatives d = act.derivatives(g[j], u[j]);
-      a[j] = d.value, g[j] = upstream * d.gate, u[j] = upstream * d.up;
-    } else {
-      const Phi<C> f = phi<T>(act.kind, g[j], act.alpha);
-      a[j] = f.value, g[j] = upstream * f.slope;
+    for (int j = 0; j < N; ++j) {
+      const C upstream = w * da[j];
+      g[j] = upstream * g[j], u[j] = upstream * u[j];
+      if (j < kept_.count()) score += da[j] * a[j];
+      a[j] *= w;
     }
-    if (j < count) score += da[j] * a[j];
-    a[j] *= w;
+    if (dh_) dh_.store(row, g, u, exists);
+    if (out_) out_.store(row, a, a, exists);
+    return score;
   }
-  if (e.dh) {
-    T* dh = static_cast<T*>(e.dh) + row * width;
-    if (gated) {
-      store_pairs<T, N>(dh, g, u, e.at, column, count);
-    } else {
-      store_neighbours<T, N>(dh + column, g, count);
-    }
+
+ private:
+  const Epilogue& e_;
+  Activated<T, kGated> activated_;
+  Preactivations kept_, dh_;
+  ColumnsOfRows<T, N, false> out_;
+};
+
+// ---- which one it is -------------------------------------------------------------------
+
+// kPaired: the accumulators of a gate and of its up belong together.
+struct Storing {
+  static constexpr bool kPaired = false, kScores = false;
+  template <class T, int N>
+  using Columns = StoreColumns<T, N>;
+};
+template <bool kGated>
+struct Activating {
+  static constexpr bool kPaired = kGated, kScores = false;
+  template <class T, int N>
+  using Columns = ActivateColumns<T, N, kGated>;
+};
+template <bool kGated>
+struct Differentiating {
+  static constexpr bool kPaired = false, kScores = true;
+  template <class T, int N>
+  using Columns = BackwardColumns<T, N, kGated>;
+};
+
+// Calls body with one of the three, an empty value. A kernel without kBackward never sees one.
+template <bool kBackward, class Body>
+__device__ __forceinline__ void with_epilogue(const Epilogue& e, Body body) {
+  const bool gated = e.activation.gated;
+  if (e.kind == EpilogueKind::kStore) {
+    body(Storing());
+  } else if (e.kind == EpilogueKind::kActivate) {
+    gated ? body(Activating<true>()) : body(Activating<false>());
+  } else if constexpr (kBackward) {
+    gated ? body(Differentiating<true>()) : body(Differentiating<false>());
   }
-  if (e.out) {
-    store_neighbours<T, N>(static_cast<T*>(e.out) + row * e.out_stride + column, a, count);
-  }
-  return score;
 }
 
 }  // namespace moe_ext::cuda

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t row = g.rows.index ? g.rows.index[r] : r;
       if (g.rows.index && !leads(row, g.rows.limit)) continue;
       const C value = to_compute(static_cast<const T*>(g.rows.data)[row * g.rows.stride + column]);
-      part += row_weight<C>(g, r) * value;
+      part += weight_of<C>(g, assignment_of(g, r)) * value;
     }
     parts[lane][mine] = part;
     __syncthreads();

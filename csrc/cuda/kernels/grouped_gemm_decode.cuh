@@ -179,15 +179,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
   if (lane % Sums::kLanes != 0 || r >= tile.rows) return;
   const int64_t row = tile.row + r, mine = column + (paired ? c / 2 : c);
   if (mine >= e.columns) return;
-  const C both[2] = {sum[0], sum[1]};
-  if (e.kind == EpilogueKind::kStore) {
-    epilogue_store<T, 2>(e, tile.expert, row, mine, both);
-  } else if (paired) {
-    const C gate[1] = {sum[0]}, up[1] = {sum[1]};
-    epilogue_activate<T, 1>(e, tile.expert, row, mine, gate, up);
-  } else {
-    epilogue_activate<T, 2>(e, tile.expert, row, mine, both, both);
-  }
+  with_epilogue<false>(e, [&](auto epilogue) {
+    constexpr bool kPaired = decltype(epilogue)::kPaired;
+    constexpr int kNeighbours = kPaired ? 1 : 2;
+    using Columns = typename decltype(epilogue)::template Columns<T, kNeighbours>;
+    const Columns out(e, tile.expert, mine);
+    C first[kNeighbours], second[kNeighbours];
+#pragma unroll
+    for (int j = 0; j < kNeighbours; ++j) first[j] = sum[j], second[j] = sum[kPaired ? 1 : j];
+    out.finish(row, true, out.fetch(row, out.look_up(row)), first, second);
+  });
 }
 
 // ---- launcher ------------------------------------------------------------------------

@@ -180,27 +180,38 @@ __global__ void __launch_bounds__(kThreads) rows_gemm_kernel(RowsGemm g, int col
   }
 
   const int ty = threadIdx.x / kSquare, tx = threadIdx.x % kSquare;
+  with_epilogue<true>(e, [&](auto epilogue) {
+    using Kind = decltype(epilogue);
+    constexpr int kNeighbours = Kind::kPaired ? kOwn / 2 : kOwn;
+    using Columns = typename Kind::template Columns<T, kNeighbours>;
+    const Columns out(e, tile.expert, n0 + tx * kNeighbours);
+#pragma unroll 1
+    for (int i = 0; i < kOwn; ++i) {
+      const int lane = ty * kOwn + i;
+      const bool exists = lane < tile.rows;
+      const int64_t row = tile.row + min(lane, tile.rows - 1);
+      C first[kNeighbours], second[kNeighbours];
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const int lane = ty * kOwn + i;
-    const int64_t row = tile.row + lane;
-    const bool mine = lane < tile.rows && tx * kOwn < lanes;
-    if (e.kind == EpilogueKind::kStore) {
-      if (mine) epilogue_store<T, kOwn>(e, tile.expert, row, n0 + tx * kOwn, acc[i]);
-    } else if (paired) {
-      const C gate[2] = {acc[i][0], acc[i][2]}, up[2] = {acc[i][1], acc[i][3]};
-      if (mine) epilogue_activate<T, 2>(e, tile.expert, row, n0 + tx * 2, gate, up);
-    } else if (e.kind == EpilogueKind::kActivate) {
-      if (mine) epilogue_activate<T, kOwn>(e, tile.expert, row, n0 + tx * kOwn, acc[i], acc[i]);
-    } else {
-      C score = mine ? epilogue_backward<T, kOwn>(e, row, n0 + tx * kOwn, acc[i]) : C(0);
+      for (int j = 0; j < kNeighbours; ++j) {
+        first[j] = acc[0][Kind::kPaired ? 2 * j : j];
+        second[j] = acc[0][Kind::kPaired ? 2 * j + 1 : j];
+      }
+      C score = out.finish(row, exists, out.fetch(row, out.look_up(row)), first, second);
+      if constexpr (Kind::kScores) {
 #pragma unroll
-      for (int d = kSquare / 2; d > 0; d /= 2) score += __shfl_xor_sync(kFullWarp, score, d);
-      if (e.score_parts && mine && tx == 0) {
-        static_cast<C*>(e.score_parts)[tile.column_tile * g.context.rows + row] = score;
+        for (int d = kSquare / 2; d > 0; d /= 2) score += __shfl_xor_sync(kFullWarp, score, d);
+        if (e.score_parts && exists && tx == 0) {
+          static_cast<C*>(e.score_parts)[tile.column_tile * g.context.rows + row] = score;
+        }
+      }
+      // The next row's come to the front: registers have no addresses.
+#pragma unroll
+      for (int r = 0; r + 1 < kOwn; ++r) {
+#pragma unroll
+        for (int j = 0; j < kOwn; ++j) acc[r][j] = acc[r + 1][j];
       }
     }
-  }
+  });
 }
 
 // ---- rows^T x rows -------------------------------------------------------------------

@@ -179,38 +179,42 @@ struct Mainloop {
     }
   }
 
-  // Calls body(row, item, staged row) for `items` items of each of the tile's rows: with
-  // neighbouring threads for neighbouring items, all lanes of a warp together, and rows
-  // that the tile does not have among them.
-  template <class Body>
-  static __device__ __forceinline__ void for_rows(Smem& smem, const Accumulators& acc, int items,
-                                                  Body body) {
+  // Shows the tile's rows `first` to first + kStagedRows to every thread.
+  static __device__ __forceinline__ void stage(Smem& smem, const Accumulators& acc, int first) {
     const int lane = threadIdx.x % kWarpSize;
-#pragma unroll 1
-    for (int first = 0; first < Shape::kM; first += kStagedRows) {
-      if (first) __syncthreads();  // the rows before have been read
-      const int warp_row = warp_m() * Shape::kWarpM - first;
-      if (warp_row >= 0 && warp_row < kStagedRows) {
+    if (first) __syncthreads();  // the rows before have been read
+    const int warp_row = warp_m() * Shape::kWarpM - first;
+    if (warp_row >= 0 && warp_row < kStagedRows) {
 #pragma unroll
-        for (int i = 0; i < kFragmentsM; ++i) {
+      for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
-          for (int j = 0; j < kFragmentsN; ++j) {
+        for (int j = 0; j < kFragmentsN; ++j) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int row = warp_row + i * 16 + half * 8 + lane / 4;
-              const int column = warp_n() * Shape::kWarpN + j * 8 + lane % 4 * 2;
-              *reinterpret_cast<float2*>(staged_at(smem, row, column) + column % 4) =
-                  float2{acc[i][j][half * 2], acc[i][j][half * 2 + 1]};
-            }
+          for (int half = 0; half < 2; ++half) {
+            const int row = warp_row + i * 16 + half * 8 + lane / 4;
+            const int column = warp_n() * Shape::kWarpN + j * 8 + lane % 4 * 2;
+            *reinterpret_cast<float2*>(staged_at(smem, row, column) + column % 4) =
+                float2{acc[i][j][half * 2], acc[i][j][half * 2 + 1]};
           }
         }
       }
-      __syncthreads();
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kStagedRows * items; i += Shape::kThreads) {
-        body(first + i / items, i % items, i / items);
-      }
     }
+    __syncthreads();
+  }
+};
+
+// How a block's threads share `rows` staged rows, kItems items a row: a thread has the same item
+// of every row it takes, and neighbouring threads have neighbouring items. All threads take
+// equally many steps, the last perhaps past the last row.
+template <class Shape, int kItems>
+struct Share {
+  static constexpr int kRowsAtOnce = Shape::kThreads / kItems;
+  static __device__ __forceinline__ int item() { return threadIdx.x % kItems; }
+  static __device__ __forceinline__ int row(int step) {
+    return threadIdx.x / kItems + step * kRowsAtOnce;
+  }
+  static __device__ __forceinline__ int steps(int rows) {
+    return (rows + kRowsAtOnce - 1) / kRowsAtOnce;
   }
 };
 
@@ -294,40 +298,46 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   }
 
   const Epilogue& e = gemm.epilogue;
-  const bool paired = e.kind == EpilogueKind::kActivate && e.activation.gated;
-  Loop::for_rows(smem, acc, paired ? kTileN / 16 : kTileN / 8, [&](int row, int item, int staged) {
-    const int64_t column = columns.first + item * 8;
-    const bool exists = row < tile.rows && column < e.columns;
-    const int64_t r = tile.row + row;
-    float value[8], up[8];
-    if (e.kind == EpilogueKind::kStore) {
-      Loop::read_staged(value, smem, staged, item * 8);
-      if (exists) epilogue_store<T, 8>(e, tile.expert, r, column, value);
-    } else if (e.kind == EpilogueKind::kActivate) {
-      if (paired && !columns.half) {
-        float low[8], high[8];
-        Loop::read_staged(low, smem, staged, item * 16);
-        Loop::read_staged(high, smem, staged, item * 16 + 8);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          value[i] = low[2 * i], up[i] = low[2 * i + 1];
-          value[4 + i] = high[2 * i], up[4 + i] = high[2 * i + 1];
+#pragma unroll 1
+  for (int first = 0; first < min(Shape::kM, tile.rows); first += Loop::kStagedRows) {
+    Loop::stage(smem, acc, first);
+    with_epilogue<true>(e, [&](auto epilogue) {
+      using Kind = decltype(epilogue);
+      using Mine = Share<Shape, Kind::kPaired ? kTileN / 16 : kTileN / 8>;
+      using Columns = typename Kind::template Columns<T, 8>;
+      const int item = Mine::item(), rows = min(tile.rows - first, Loop::kStagedRows);
+      const bool interleaved = Kind::kPaired && !columns.half;
+      const Columns out(e, tile.expert, columns.first + item * 8);
+      const auto row_at = [&](int step) -> int64_t {
+        return tile.row + first + min(Mine::row(step), rows - 1);
+      };
+      // What a row needs from memory is on its way while the row before is worked on.
+      auto next = out.fetch(row_at(0), out.look_up(row_at(0)));
+      int32_t found = out.look_up(row_at(1));
+#pragma unroll 1
+      for (int step = 0; step < Mine::steps(rows); ++step) {
+        const auto held = next;
+        next = out.fetch(row_at(step + 1), found);
+        found = out.look_up(row_at(step + 2));
+        const int staged = Mine::row(step);
+        float value[8], up[8];
+        Loop::read_staged(value, smem, staged, interleaved ? item * 16 : item * 8);
+        if constexpr (Kind::kPaired) {
+          Loop::read_staged(up, smem, staged, interleaved ? item * 16 + 8 : kTileN / 2 + item * 8);
+          split(value, up, interleaved);
         }
-      } else {
-        Loop::read_staged(value, smem, staged, item * 8);
-        Loop::read_staged(up, smem, staged, paired ? kTileN / 2 + item * 8 : item * 8);
-      }
-      if (exists) epilogue_activate<T, 8>(e, tile.expert, r, column, value, up);
-    } else {
-      Loop::read_staged(value, smem, staged, item * 8);
-      float score = exists ? epilogue_backward<T, 8>(e, r, column, value) : 0.0f;
+        const int64_t r = row_at(step);
+        float score = out.finish(r, staged < rows, held, value, up);
+        if constexpr (Kind::kScores) {
 #pragma unroll
-      for (int d = kTileN / 16; d > 0; d /= 2) score += __shfl_xor_sync(kFullWarp, score, d);
-      if (e.score_parts && item == 0 && row < tile.rows) {
-        static_cast<float*>(e.score_parts)[tile.column_tile * context.rows + r] = score;
+          for (int d = kTileN / 16; d > 0; d /= 2) score += __shfl_xor_sync(kFullWarp, score, d);
+          if (e.score_parts && item == 0 && staged < rows) {
+            static_cast<float*>(e.score_parts)[tile.column_tile * context.rows + r] = score;
+          }
+        }
       }
-    }
-  });
+    });
+  }
 }
 
 // ---- rows^T x rows ----------------------------------------------------------------------
@@ -365,15 +375,22 @@ __global__ void __launch_bounds__(Rows128::kThreads, Rows128::kBlocks)
   Loop::clear(acc);
   Loop::run(smem, load_p, load_q, (rows + Loop::ATile::kDepth - 1) / Loop::ATile::kDepth, acc);
 
-  T* out = static_cast<T*>(gradient.out) + tile.expert * gradient.m * gradient.n;
-  Loop::for_rows(smem, acc, kTileN / 8, [&](int row, int item, int staged) {
-    const int64_t n = column + item * 8, left = gradient.n - n;
-    float value[8];
-    Loop::read_staged(value, smem, staged, item * 8);
-    if (row >= tile.rows || left <= 0) return;
-    store_neighbours<T, 8>(out + (tile.row + row) * gradient.n + n, value,
-                           left < 8 ? static_cast<int>(left) : 8);
-  });
+  T* matrix = static_cast<T*>(gradient.out) + tile.expert * gradient.m * gradient.n;
+  using Mine = Share<Shape, kTileN / 8>;
+  const ColumnsOfRows<T, 8, false> out(matrix, gradient.n, {0, 0, 1}, gradient.n,
+                                       column + Mine::item() * 8);
+#pragma unroll 1
+  for (int first = 0; first < min(Shape::kM, tile.rows); first += Loop::kStagedRows) {
+    Loop::stage(smem, acc, first);
+    const int staged_rows = min(tile.rows - first, Loop::kStagedRows);
+#pragma unroll 1
+    for (int step = 0; step < Mine::steps(staged_rows); ++step) {
+      const int staged = Mine::row(step);
+      float value[8];
+      Loop::read_staged(value, smem, staged, Mine::item() * 8);
+      out.store(tile.row + first + staged, value, value, staged < staged_rows);
+    }
+  }
 }
 
 // ---- the launches -----------------------------------------------------------------------

@@ -63,8 +63,8 @@ fault(
 )
 fault(
     "staged rows are read before all warps have written them",
-    "__syncthreads();\n#pragma unroll 1\n      for (int i = threadIdx.x; i < kStagedRows",
-    "#pragma unroll 1\n      for (int i = threadIdx.x; i < kStagedRows",
+    "      }\n    }\n    __syncthreads();\n  }\n};",
+    "      }\n    }\n  }\n};",
 )
 fault(
     "the second 128 rows of a tile are staged over the first",
@@ -74,13 +74,13 @@ fault(
 )
 fault(
     "a tile writes rows that it does not have",
-    "const bool exists = row < tile.rows && column < e.columns;",
-    "const bool exists = column < e.columns;",
+    "out.finish(r, staged < rows, held, value, up);",
+    "out.finish(tile.row + first + staged, true, held, value, up);",
 )
 fault(
     "gate and up exchanged, interleaved",
-    "value[i] = low[2 * i], up[i] = low[2 * i + 1];",
-    "up[i] = low[2 * i], value[i] = low[2 * i + 1];",
+    "split(value, up, interleaved);",
+    "split(up, value, interleaved);",
     INTERLEAVED,
 )
 fault(
@@ -93,6 +93,11 @@ fault(
     "[tile.column_tile * context.rows + r] = score",
     "[r] = score",
     ODD,
+)
+fault(
+    "a row has the routing weight of the row before",
+    "found = out.look_up(row_at(step + 2));",
+    "found = out.look_up(row_at(step + 1));",
 )
 fault(
     "dS misses half of a tile's columns",
@@ -172,17 +177,28 @@ fault(
 )
 
 fault = faults("csrc/cuda/kernels/epilogues.cuh", TILE)
-fault("the gate's bias is lost", "g[j] += gate[j];", "g[j] = gate[j];")
-fault("up's bias is lost", "if (gated) u[j] += up[j];", "if (gated) u[j] = up[j];")
+fault("the gate's bias is lost", "g[j] = gate_bias_[j] + gate[j];", "g[j] = gate[j];")
+fault("up's bias is lost", "u[j] = up_bias_[j] + up[j];", "u[j] = up[j];")
 fault(
     "every expert has the first one's bias",
-    "static_cast<const T*>(e.bias) + expert * width;",
-    "static_cast<const T*>(e.bias);",
+    "bias.values(bias.load(expert), gate_bias_, up_bias_);",
+    "bias.values(bias.load(0), gate_bias_, up_bias_);",
+)
+fault(
+    "threads past the last column store over others' columns",
+    "count_ = left > N ? N : left > 0 ? static_cast<int>(left) : 0;",
+    "count_ = left < N && left > 0 ? static_cast<int>(left) : N;",
+)
+fault(
+    "interleaved gates and ups are kept side by side",
+    "if constexpr (kGated) join(gate, up, interleaved_);",
+    "",
+    INTERLEAVED,
 )
 fault(
     "dS is taken after the weight",
-    "if (j < count) score += da[j] * a[j];",
-    "if (j < count) score += w * da[j] * a[j];",
+    "score += da[j] * a[j];",
+    "score += w * da[j] * a[j];",
 )
 fault(
     "dH without the routing weight",
@@ -191,15 +207,23 @@ fault(
 )
 fault("w A without the routing weight", "a[j] *= w;", "a[j] *= C(1);")
 fault(
+    "a 16-bit routing weight is taken for a float32 one",
+    "return !e.weights || e.weights_dtype == Dtype::f32 ?",
+    "return true ?",
+)
+
+fault = faults("csrc/cuda/kernels/activations.cuh", TILE)
+fault("e^x of 16-bit results is 2^x", "x * 1.44269504088896340736f", "x", TILE)
+fault(
     "a gate above its limit has a gradient",
-    "g > limit ? C(0) : f.slope * factor",
-    "f.slope * factor",
+    "g[j] > limit_ ? C(0) : f[j].slope * factor",
+    "f[j].slope * factor",
     "tests/test_grouped_ffn.py::TestNumbers::test_clamp_of_the_other_gates",
 )
 fault(
     "up below its limit has a gradient",
-    "u > limit || u < -limit ? C(0) : f.value",
-    "u > limit ? C(0) : f.value",
+    "u[j] > limit_ || u[j] < -limit_ ? C(0) : f[j].value",
+    "u[j] > limit_ ? C(0) : f[j].value",
     "tests/test_grouped_ffn.py::TestNumbers::test_clamp_of_the_other_gates",
 )
 
@@ -269,8 +293,8 @@ fault(
 )
 fault(
     "gate and up exchanged",
-    "const C gate[2] = {acc[i][0], acc[i][2]}, up[2] = {acc[i][1], acc[i][3]};",
-    "const C up[2] = {acc[i][0], acc[i][2]}, gate[2] = {acc[i][1], acc[i][3]};",
+    "first[j] = acc[0][Kind::kPaired ? 2 * j : j];\n        second[j] =",
+    "second[j] = acc[0][Kind::kPaired ? 2 * j : j];\n        first[j] =",
 )
 fault(
     "a weight gradient goes on to the last row",
@@ -295,8 +319,8 @@ fault(
 )
 fault(
     "a bias gradient is weighted by the token's number",
-    "part += row_weight<C>(g, r) * value;",
-    "part += row_weight<C>(g, row) * value;",
+    "part += weight_of<C>(g, assignment_of(g, r)) * value;",
+    "part += weight_of<C>(g, assignment_of(g, row)) * value;",
 )
 fault(
     "a dropped assignment's gradient is never written",
@@ -361,8 +385,8 @@ fault = faults(
 )
 fault(
     "a row of no assignment has a weight",
-    "const bool has_one = assignment >= 0 && assignment < e.assignments;",
-    "const bool has_one = true;",
+    "return assignment >= 0 && assignment < e.assignments;",
+    "return true;",
 )
 
 # ---- LoRA beside the matrices ----------------------------------------------------------------

@@ -7,6 +7,7 @@ multiple of a tile. `ffn_suite` has what is true of every kernel.
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from moe_ext import functional, reference
 from moe_ext._load import BACKEND
@@ -72,10 +73,16 @@ WEIGHTS_SIMT = ("weight_gradient_simt",) * 2
 class TestTensorCores(Kernels):
     def check_tile(self, tile, dtype, **layout):
         tokens, experts = TILES[tile]
-        name = f"{SM80}, {tile} rows"
-        backward = (name, name, *WEIGHTS_SM80)
+
+        def name(k):  # a short k has shallow rings, and no tile of 256 rows
+            deep = k * dtype.itemsize >= 512
+            rows = tile if deep else min(tile, 128)
+            return f"{SM80}, {rows} rows, {'deep' if deep else 'shallow'}"
+
+        forward = (name(HIDDEN), name(WIDTH))
+        backward = (name(HIDDEN), name(2 * WIDTH), *WEIGHTS_SM80)
         shape = (tokens, HIDDEN, WIDTH, experts, 1, dtype)
-        return self.check_launched((name, name), backward, *shape, **layout)
+        return self.check_launched(forward, backward, *shape, **layout)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("tile", TILES)
@@ -90,6 +97,20 @@ class TestTensorCores(Kernels):
     @pytest.mark.parametrize("tile", (16, 64, 128))
     def test_tf32(self, tf32, layout, tile):
         self.check_tile(tile, torch.float32, **layout)
+
+    @pytest.mark.parametrize("tile", (16, 32, 64, 128))
+    def test_the_depth_of_the_ring_changes_no_bit(self, tile):
+        """Zeros beside k make it long enough for a deep one, and add nothing."""
+        tokens, experts = TILES[tile]
+        plan = draw_plan(tokens, experts, 1)
+        inputs = self.inputs(tokens, 248, WIDTH, experts, 1, torch.bfloat16)
+        sides = dict(x=(0, 16), up_proj=(0, 16), down_proj=(0, 0, 0, 16))
+        wide = {n: F.pad(t, sides[n]) if n in sides else t for n, t in inputs.items()}
+        shallow, deep = self.call(inputs, plan), self.call(wide, plan)
+        assert bits_equal(deep[:, :248].contiguous(), shallow)
+        name = f"{SM80}, {tile} rows"
+        shallow_ones = (f"{name}, shallow",) * 2
+        assert_launched(*shallow_ones, f"{name}, deep", shallow_ones[0])
 
     def test_float32_is_not_rounded_unasked(self):
         self.check_launched(

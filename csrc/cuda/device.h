@@ -40,6 +40,7 @@ class OnDevice {
   cudaStream_t stream() const { return nullptr; }
   int sm() const { return emulator::device().sm; }
   int sm_count() const { return emulator::device().sm_count; }
+  int64_t smem() const { return emulator::device().smem_per_block + 1024; }
 };
 
 #else
@@ -59,6 +60,9 @@ class OnDevice {
 
   // How many multiprocessors there are, for persistent grids.
   int sm_count() const { return attribute(cudaDevAttrMultiProcessorCount); }
+
+  // Bytes of shared memory that a multiprocessor has, of which a block takes 1 KB unasked.
+  int64_t smem() const { return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
 
  private:
   // The driver has these at hand: no wait, and allowed while a graph is captured.

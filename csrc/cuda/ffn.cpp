@@ -26,9 +26,11 @@ const void* pointer(const at::Tensor& tensor) {
 }
 
 cuda::GemmContext context_of(const OnDevice& device, const FfnCall& call) {
-  return {dtype_of(call.x),    device.sm(),          device.sm_count(),
-          allows_tf32(call.x), call.batch_invariant, call.tokens,
-          call.rows,           call.experts,         call.expert_offsets.const_data_ptr<int32_t>()};
+  return {dtype_of(call.x),    device.sm(),
+          device.sm_count(),   device.smem(),
+          allows_tf32(call.x), call.batch_invariant,
+          call.tokens,         call.rows,
+          call.experts,        call.expert_offsets.const_data_ptr<int32_t>()};
 }
 
 // A (rows, columns) matrix of our own, or a tensor of tokens that rows are gathered from.

@@ -85,6 +85,7 @@ struct GemmContext {
   Dtype dtype;  // of a, W, p, q and all of the epilogue's matrices
   int sm;       // the device's architecture: 80 for sm_80
   int sm_count;
+  int64_t smem;          // bytes of shared memory that a multiprocessor has
   bool allow_tf32;       // float32 products may round their operands to tf32
   bool batch_invariant;  // a row's result may not depend on how many rows there are
   int64_t tokens;        // T

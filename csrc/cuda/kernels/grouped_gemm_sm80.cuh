@@ -4,8 +4,8 @@
 //                         expert e, the second sum only with a low-rank part
 //   weight_gradient_sm80  out_e = sum over e's rows r of p[r] q[r]^T
 //
-// A block of 4 (kM = 256: 8) warps owns kM x 128 of the result: kM rows of one expert and
-// 128 columns, or 128 x 128 of one weight (tiles.cuh). A ring of kStages stages in shared
+// A block of 4 (kM = 256: 8) warps owns kM x 128 of the result: kM rows of one expert, or of
+// one weight, and 128 columns (tiles.cuh). A ring of kStages stages in shared
 // memory is filled by 16-byte cp.async, gathering rows through their index on the way,
 // and read by ldmatrix; mma.sync accumulates in float32. Then the accumulators pass
 // through the same shared memory, so that a thread gets 8 neighbouring columns of a row,
@@ -13,7 +13,9 @@
 // a tile is 64 columns of gate beside the 64 of up that belong to them; interleaved ones
 // are so by themselves.
 //
-// Shared memory: kStages * (kM + 128) * kBytesK, at most 96 KiB (what sm_86 and sm_89 have).
+// Shared memory: kStages * (kM + 128) * kBytesK. A deep ring hides more of the memory's latency,
+// but of sm_86's, 89's and 120's 100 KB a multiprocessor two do not fit; two shallow ones do, and
+// then one block's epilogue runs beside the other's products. So they do where k is short.
 // Alignment: see sm80_takes. Tails (k, columns, rows) are zeros in shared memory, so NaN
 // beside an operand never meets a product.
 //
@@ -28,6 +30,8 @@
 // depend on the other rows either.
 #pragma once
 
+#include <type_traits>
+
 #include "epilogues.cuh"
 #include "grouped_gemm_sm80.h"
 #include "operand_tiles.cuh"
@@ -38,23 +42,37 @@ namespace moe_ext::cuda::sm80 {
 // What a block owns, and how its warps share it.
 template <int kM_, int kWarpsM_, int kWarpsN_, int kBytesK_, int kStages_, int kBlocks_>
 struct TileShape {
+  static constexpr int kRingBytes = kStages_ * (kM_ + kTileN) * kBytesK_;
   static constexpr int kM = kM_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
   static constexpr int kBytesK = kBytesK_, kStages = kStages_;
   static constexpr int kBlocks = kBlocks_;  // on a multiprocessor: what registers are for
   static constexpr int kThreads = kWarpsM * kWarpsN * kWarpSize;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kTileN / kWarpsN;
-  static constexpr const char* kName = kM == 16    ? "rows_gemm_sm80, 16 rows"
-                                       : kM == 32  ? "rows_gemm_sm80, 32 rows"
-                                       : kM == 64  ? "rows_gemm_sm80, 64 rows"
-                                       : kM == 128 ? "rows_gemm_sm80, 128 rows"
-                                                   : "rows_gemm_sm80, 256 rows";
 };
 
-using Rows16 = TileShape<kFewestRows, 1, 4, 128, 3, 3>;
-using Rows32 = TileShape<32, 1, 4, 128, 3, 3>;
-using Rows64 = TileShape<64, 2, 2, 128, 3, 2>;
-using Rows128 = TileShape<kWeightRows, 2, 2, 64, 4, 2>;
-using Rows256 = TileShape<256, 4, 2, 64, 4, 1>;
+using Deep16 = TileShape<kFewestRows, 1, 4, 128, 3, 3>;
+using Deep32 = TileShape<32, 1, 4, 128, 3, 3>;
+using Deep64 = TileShape<64, 2, 2, 128, 3, 2>;
+using Deep128 = TileShape<kWeightRows, 2, 2, 64, 4, 2>;
+using Deep256 = TileShape<256, 4, 2, 64, 4, 1>;
+
+using Shallow16 = TileShape<kFewestRows, 1, 4, 64, 3, 3>;
+using Shallow32 = TileShape<32, 1, 4, 64, 3, 3>;
+using Shallow64 = TileShape<64, 2, 2, 64, 4, 2>;
+using Shallow128 = TileShape<kWeightRows, 2, 2, 64, 3, 2>;
+
+// Shared memory of a multiprocessor: what the fewest have, and what the others have at least. A
+// block takes 1 KB more than it asks for.
+constexpr int64_t kLeastSmem = 100 << 10, kMoreSmem = 164 << 10;
+template <class Shape>
+constexpr int64_t blocks_in(int64_t smem) {
+  return smem / (Shape::kRingBytes + 1024);
+}
+static_assert(blocks_in<Shallow16>(kLeastSmem) == 3 && blocks_in<Shallow32>(kLeastSmem) == 3);
+static_assert(blocks_in<Shallow64>(kLeastSmem) == 2 && blocks_in<Shallow128>(kLeastSmem) == 2);
+static_assert(blocks_in<Deep16>(kMoreSmem) == 2 && blocks_in<Deep32>(kMoreSmem) == 2);
+static_assert(blocks_in<Deep64>(kMoreSmem) == 2 && blocks_in<Deep128>(kMoreSmem) == 2);
+static_assert(blocks_in<Deep256>(kLeastSmem) == 1);
 
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2], bf16) {
@@ -79,7 +97,11 @@ struct Mainloop {
   static constexpr int kFragmentsM = Shape::kWarpM / 16, kFragmentsN = Shape::kWarpN / 8;
 
   // The results on their way from a thread's fragments to its neighbouring columns.
-  static constexpr int kStagedRows = Shape::kM < 128 ? Shape::kM : 128;
+  static constexpr int kStagedRows = [] {
+    int rows = Shape::kM;
+    while (rows * kTileN * sizeof(float) > Shape::kRingBytes) rows /= 2;
+    return rows;
+  }();
   union Smem {
     struct {
       alignas(128) unsigned char a[kStages][ATile::kBytes];
@@ -87,7 +109,7 @@ struct Mainloop {
     };
     float staged[kStagedRows * kTileN];
   };
-  static_assert(sizeof(Smem) <= 96 * 1024);
+  static_assert(sizeof(Smem) == Shape::kRingBytes);
 
   // [i][j][..]: rows 16 i and columns 8 j of this warp's part, as mma lays them out.
   using Accumulators = float[kFragmentsM][kFragmentsN][4];
@@ -342,10 +364,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 
 // ---- rows^T x rows ----------------------------------------------------------------------
 
-template <class T>
-__global__ void __launch_bounds__(Rows128::kThreads, Rows128::kBlocks)
+template <class T, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     weight_gradient_kernel(const WeightGradient gradient, const int column_tiles) {
-  using Shape = Rows128;
   using Loop = Mainloop<T, Shape, Major::kMN, Major::kMN>;
   auto& smem = dyn_smem<typename Loop::Smem>();
   const Tile tile =
@@ -396,7 +417,7 @@ __global__ void __launch_bounds__(Rows128::kThreads, Rows128::kBlocks)
 // ---- the launches -----------------------------------------------------------------------
 
 template <class T, class Shape, Major kMajorB>
-cudaError_t launch_rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
+cudaError_t launch_rows_gemm(const RowsGemm& gemm, const char* name, cudaStream_t stream) {
   const Epilogue& e = gemm.epilogue;
   const bool paired = e.kind == EpilogueKind::kActivate && e.activation.gated;
   const int64_t column_tiles = (e.columns * (paired ? 2 : 1) + kTileN - 1) / kTileN;
@@ -404,23 +425,73 @@ cudaError_t launch_rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
       most_row_tiles(gemm.context.rows, gemm.context.experts, Shape::kM) * column_tiles;
   if (blocks == 0) return cudaSuccess;
   const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(Shape::kThreads),
-                            sizeof(typename Mainloop<T, Shape, Major::kK, kMajorB>::Smem), stream,
-                            Shape::kName};
+                            Shape::kRingBytes, stream, name};
   return launch(config, rows_gemm_kernel<T, Shape, kMajorB>, gemm, static_cast<int>(column_tiles));
 }
 
-// The one table of tile shapes: by how many rows an expert has on the average, at most.
+template <class T, class Shape>
+cudaError_t launch_weight_gradient(const WeightGradient& gradient, const char* name,
+                                   cudaStream_t stream) {
+  const int64_t column_tiles = (gradient.n + kTileN - 1) / kTileN;
+  const int64_t row_tiles = (gradient.m + Shape::kM - 1) / Shape::kM;
+  const int64_t blocks = gradient.context.experts * row_tiles * column_tiles;
+  if (blocks == 0) return cudaSuccess;
+  const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(Shape::kThreads),
+                            Shape::kRingBytes, stream, name};
+  return launch(config, weight_gradient_kernel<T, Shape>, gradient, static_cast<int>(column_tiles));
+}
+
+// ---- which tile -------------------------------------------------------------------------
+//
+// The first entry of a table for which all holds. A row of the result has the same bits from
+// all of them.
+
+constexpr int64_t kAny = INT64_MAX;
+
+// Fewer shapes for tf32: they all have to be compiled.
+template <class T, class Halves, class Tf32>
+using ByType = std::conditional_t<sizeof(T) == 2, Halves, Tf32>;
+
 // A tile of many rows reads the weights less often; one of few wastes less of itself.
 template <class T, Major kMajorB>
+struct RowsTile {
+  int64_t most_rows;   // that an expert has on the average
+  int64_t least_k;     // bytes
+  int64_t least_smem;  // of a multiprocessor
+  const char* name;
+  cudaError_t (*launch)(const RowsGemm&, const char*, cudaStream_t);
+
+  template <class Halves, class Tf32 = Halves>
+  static constexpr auto kLaunch = launch_rows_gemm<T, ByType<T, Halves, Tf32>, kMajorB>;
+};
+
+constexpr int64_t kDeepK = 512;
+
+template <class T, Major kMajorB>
 cudaError_t choose_rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
-  const int64_t rows = gemm.context.rows / (gemm.context.experts ? gemm.context.experts : 1);
-  if (rows <= 16) return launch_rows_gemm<T, Rows16, kMajorB>(gemm, stream);
-  if constexpr (sizeof(T) == 2) {  // fewer for tf32: they all have to be compiled
-    if (rows <= 32) return launch_rows_gemm<T, Rows32, kMajorB>(gemm, stream);
-    if (rows >= 1024) return launch_rows_gemm<T, Rows256, kMajorB>(gemm, stream);
+  using Entry = RowsTile<T, kMajorB>;
+  static constexpr Entry kTiles[] = {
+      {16, kDeepK, kMoreSmem, "rows_gemm_sm80, 16 rows, deep", Entry::template kLaunch<Deep16>},
+      {16, 0, 0, "rows_gemm_sm80, 16 rows, shallow", Entry::template kLaunch<Shallow16>},
+      {32, kDeepK, kMoreSmem, "rows_gemm_sm80, 32 rows, deep",
+       Entry::template kLaunch<Deep32, Deep64>},
+      {32, 0, 0, "rows_gemm_sm80, 32 rows, shallow", Entry::template kLaunch<Shallow32, Shallow64>},
+      {64, kDeepK, kMoreSmem, "rows_gemm_sm80, 64 rows, deep", Entry::template kLaunch<Deep64>},
+      {64, 0, 0, "rows_gemm_sm80, 64 rows, shallow", Entry::template kLaunch<Shallow64>},
+      {1023, kDeepK, kMoreSmem, "rows_gemm_sm80, 128 rows, deep", Entry::template kLaunch<Deep128>},
+      {1023, 0, 0, "rows_gemm_sm80, 128 rows, shallow", Entry::template kLaunch<Shallow128>},
+      {kAny, kDeepK, 0, "rows_gemm_sm80, 256 rows, deep",
+       Entry::template kLaunch<Deep256, Deep128>},
+      {kAny, 0, 0, "rows_gemm_sm80, 128 rows, shallow", Entry::template kLaunch<Shallow128>},
+  };
+  const GemmContext& context = gemm.context;
+  const int64_t rows = context.rows / (context.experts ? context.experts : 1);
+  const int64_t k_bytes = gemm.full.k * static_cast<int64_t>(sizeof(T));
+  const Entry* tile = kTiles;
+  while (rows > tile->most_rows || k_bytes < tile->least_k || context.smem < tile->least_smem) {
+    ++tile;
   }
-  if (rows <= 64) return launch_rows_gemm<T, Rows64, kMajorB>(gemm, stream);
-  return launch_rows_gemm<T, Rows128, kMajorB>(gemm, stream);
+  return tile->launch(gemm, tile->name, stream);
 }
 
 template <class T>
@@ -429,16 +500,26 @@ cudaError_t rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
                                    : choose_rows_gemm<T, Major::kMN>(gemm, stream);
 }
 
+struct WeightTile {
+  int64_t least_rows;  // that an expert has on the average
+  int64_t least_smem;  // of a multiprocessor
+  const char* name;
+  cudaError_t (*launch)(const WeightGradient&, const char*, cudaStream_t);
+};
+
 template <class T>
 cudaError_t weight_gradient(const WeightGradient& gradient, cudaStream_t stream) {
-  using Loop = Mainloop<T, Rows128, Major::kMN, Major::kMN>;
-  const int64_t column_tiles = (gradient.n + kTileN - 1) / kTileN;
-  const int64_t row_tiles = (gradient.m + Rows128::kM - 1) / Rows128::kM;
-  const int64_t blocks = gradient.context.experts * row_tiles * column_tiles;
-  if (blocks == 0) return cudaSuccess;
-  const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(Rows128::kThreads),
-                            sizeof(typename Loop::Smem), stream, "weight_gradient_sm80"};
-  return launch(config, weight_gradient_kernel<T>, gradient, static_cast<int>(column_tiles));
+  static constexpr WeightTile kTiles[] = {
+      {128, kMoreSmem, "weight_gradient_sm80, 128 rows, deep", launch_weight_gradient<T, Deep128>},
+      {0, 0, "weight_gradient_sm80, 128 rows, shallow", launch_weight_gradient<T, Shallow128>},
+  };
+  const GemmContext& context = gradient.context;
+  const int64_t rows = context.rows / (context.experts ? context.experts : 1);
+  const WeightTile* tile = kTiles;
+  while (rows < tile->least_rows || context.smem < tile->least_smem) {
+    ++tile;
+  }
+  return tile->launch(gradient, tile->name, stream);
 }
 
 }  // namespace moe_ext::cuda::sm80

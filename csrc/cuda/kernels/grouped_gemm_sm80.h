@@ -22,7 +22,7 @@ namespace sm80 {
 
 constexpr int kTileN = 128;       // columns of a tile
 constexpr int kFewestRows = 16;   // rows of the smallest tile of a RowsGemm
-constexpr int kWeightRows = 128;  // rows of a tile of a WeightGradient
+constexpr int kWeightRows = 128;  // of the smallest tile of a WeightGradient
 
 // T: bf16, f16, or float for tf32; each compiled apart, in grouped_gemm_sm80_*.cu.
 template <class T>

@@ -50,8 +50,10 @@ struct OperandTile {
 template <class Tile, int kThreads>
 class KMajorLoader {
   static constexpr int kRowsAtOnce = kThreads / Tile::kChunks;
-  static constexpr int kLoads = Tile::kRows / kRowsAtOnce;
-  static_assert(kThreads % Tile::kChunks == 0 && Tile::kRows % kRowsAtOnce == 0 && kLoads <= 32);
+  static constexpr bool kIdle = Tile::kRows < kRowsAtOnce;  // some threads have no row
+  static constexpr int kLoads = kIdle ? 1 : Tile::kRows / kRowsAtOnce;
+  static_assert(kThreads % Tile::kChunks == 0 && kLoads <= 32);
+  static_assert(kIdle || Tile::kRows % kRowsAtOnce == 0);
 
  public:
   // row_at(i): where the tile's row i begins in global memory, or null if there is none.
@@ -59,18 +61,19 @@ class KMajorLoader {
   template <class RowAt>
   __device__ KMajorLoader(RowAt row_at, int k_bytes, const char* somewhere) {
     const int chunk = threadIdx.x % Tile::kChunks, row = threadIdx.x / Tile::kChunks;
-    target_ = Tile::offset(row, chunk);
+    target_ = row < Tile::kRows ? Tile::offset(row, chunk) : -1;
     chunks_left_ = k_bytes / 16 - chunk;
     present_ = 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const char* begin = row_at(row + i * kRowsAtOnce);
+      const char* begin = kIdle && target_ < 0 ? nullptr : row_at(row + i * kRowsAtOnce);
       present_ |= static_cast<unsigned>(begin != nullptr) << i;
       source_[i] = (begin ? begin : somewhere) + chunk * 16;
     }
   }
 
   __device__ __forceinline__ void load(unsigned char* tile) {
+    if (kIdle && target_ < 0) return;
     const uint32_t target = ptx::smem_u32(tile) + target_;
     const unsigned present = chunks_left_ > 0 ? present_ : 0;
 #pragma unroll

@@ -137,6 +137,12 @@ fault(
     BESIDE,
 )
 fault(
+    "threads for which a tile has no row copy one",
+    "    if (kIdle && target_ < 0) return;\n",
+    "",
+    TENSOR_CORES + "test_tiles[16-layout0]",
+)
+fault(
     "a weight gradient takes rows of the next expert",
     "k < rows_ && from >= 0 ? 16 : 0);",
     "16);",

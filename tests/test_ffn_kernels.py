@@ -67,6 +67,7 @@ class Kernels(FFNStage):
 
 
 WEIGHTS_SM80 = ("weight_gradient_sm80",) * 2
+WEIGHT_128, WEIGHT_256 = (f"weight_gradient_sm80, {rows} rows" for rows in (128, 256))
 WEIGHTS_SIMT = ("weight_gradient_simt",) * 2
 
 
@@ -116,6 +117,25 @@ class TestTensorCores(Kernels):
         self.check_launched(
             (SIMT,) * 2, (SIMT,) * 2 + WEIGHTS_SIMT, 20, 40, 24, 4, 1, torch.float32
         )
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_weight_gradients_of_256_rows(self, layout):
+        """Where experts have many rows, and the matrix fills the tile."""
+        down = WEIGHT_128 if layout.get("transposed") else WEIGHT_256
+        shape = (520, 248, 120, 1, 1, torch.bfloat16)
+        self.check_launched((SM80,) * 2, (SM80,) * 2 + (WEIGHT_256, down), *shape, **layout)
+
+    def test_the_weight_gradients_tile_changes_no_bit(self):
+        plan = draw_plan(520, 1, 1)
+        inputs = self.inputs(520, 40, 248, 1, 1, torch.bfloat16, activation="relu2")
+        first = dict(up_proj=inputs["up_proj"][:, :120], down_proj=inputs["down_proj"][..., :120])
+        few = inputs | {name: t.contiguous() for name, t in first.items()}
+        function = self.bind(functional, plan, activation="relu2")
+        cotangents = {}
+        of_256, of_128 = (evaluate(function, i, cotangents=cotangents) for i in (inputs, few))
+        assert bits_equal(of_256["d_up_proj"][:, :120].contiguous(), of_128["d_up_proj"])
+        products = (SM80,) * 4
+        assert_launched(*products, WEIGHT_256, WEIGHT_128, *products, WEIGHT_128, WEIGHT_128)
 
     @pytest.mark.parametrize("activation", ("geglu", "relu2"))
     @pytest.mark.parametrize("transposed", (False, True))

@@ -105,6 +105,12 @@ fault(
     "for (int d = kTileN / 32; d > 0",
 )
 fault(
+    "a weight's tile writes rows that the weight does not have",
+    "value, value, staged < staged_rows);",
+    "value, value, true);",
+    TENSOR_CORES + "test_weight_gradients_of_256_rows[layout0]",
+)
+fault(
     "every expert's weight gradient begins at the first row",
     "(x.index ? 0 : begin * row_bytes)",
     "0",

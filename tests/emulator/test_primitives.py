@@ -307,3 +307,16 @@ def test_approximations(micro, seed, kernel):
     assert torch.equal(approximate(micro, kernel, x), out)
     assert approximate(micro, kernel, list(special)).tolist() == list(special.values())
     assert approximate(micro, kernel, [NAN]).isnan().all()
+
+
+# ---- the host's part of a launch ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("first, then, questions", ((50, 40, 2), (50, 50, 2), (50, 60, 3)))
+def test_shared_memory_is_asked_for_once(micro, first, then, questions):
+    """Once a kernel and device, by any number of threads; again for more, and after an error."""
+    asked = ints(3, 2, fill=0)
+    errors = micro.library.micro_smem_grants(
+        4, 3, 2, first, then, ctypes.c_void_p(asked.data_ptr())
+    )
+    assert errors == 6 and asked.tolist() == [[questions] * 2] * 3

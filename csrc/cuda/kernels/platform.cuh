@@ -16,6 +16,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "smem_grants.h"
 #endif
 
 namespace moe_ext::cuda {
@@ -43,6 +45,20 @@ struct LaunchConfig {
   const char* name;  // for the emulator's messages
 };
 
+#ifndef MOE_EXT_EMULATOR
+// For the current device.
+inline cudaError_t allow_smem(const void* kernel, size_t bytes) {
+  static SmemGrants grants;
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return grants.get(kernel, device, bytes, [&] {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(bytes));
+  });
+}
+#endif
+
 // Launches kernel(args...). The only way to launch one; returns what the launch says, the
 // kernel itself runs later.
 template <class... Parameters, class... Arguments>
@@ -53,9 +69,7 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...),
                           static_cast<Arguments&&>(arguments)...);
 #else
   if (config.smem_bytes > 48 * 1024) {  // more than every device has: it must be asked for
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(config.smem_bytes));
+    const cudaError_t error = allow_smem(reinterpret_cast<const void*>(kernel), config.smem_bytes);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t launch_config{};

@@ -143,6 +143,10 @@ class TestTensorCores(Kernels):
         options = dict(activation=activation, transposed=transposed)
         self.check(33, 72, 136, 5, 2, torch.bfloat16, bias=False, **options)
 
+    @pytest.mark.parametrize("dtype", HALVES)
+    def test_routing_weights_of_16_bits(self, dtype):
+        self.check(50, 72, 48, 3, 2, dtype, weights_dtype=dtype)
+
     @pytest.mark.parametrize("routing", ("skewed", "one_expert", "sentinels"))
     @pytest.mark.parametrize("capacity", (None, 7))
     def test_routings(self, routing, capacity):

@@ -9,8 +9,10 @@
 // gate and up, two pairs) for up to kRows rows of one expert; its lanes go along k together,
 // 16 bytes each. Every lane sums its own terms; then the lanes trade halves of what they
 // hold until each sum is in one lane, neighbouring columns (or a gate and its up) together,
-// as the epilogue wants them. Grid: kWarps warps a block, blocks found by tiles.cuh in tiles
-// of kRows rows; those past the last tile leave.
+// as the epilogue wants them. Grid: kWarps warps a block, and no more blocks than the device
+// holds at a time: each goes from tile to tile (of kRows rows, by tiles.cuh) until there is none.
+// As many as any routing could need would be thousands without work, since 16 tokens may choose
+// 16 K experts and rarely do.
 //
 // Shared memory: none. No alignment is needed; rows of W and a that begin at multiples of 16
 // bytes move 16 bytes a load. Per element of W (2 or 4 bytes, read once if an expert has at
@@ -72,19 +74,15 @@ template <int kRows>
 constexpr int kBlocks = kRows == 4 ? 3 : 2;
 
 template <class T, int kRows>
-__global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
-    rows_gemm_kernel(RowsGemm g, int column_tiles, bool packs) {
+__device__ __forceinline__ void multiply_tile(const RowsGemm& g, const Tile& tile, bool packs) {
   using C = Compute<T>;
   constexpr int kPack = kMaxPackBytes / sizeof(T);
   const Epilogue& e = g.epilogue;
-  const Tile tile = find_row_tile(g.context.expert_offsets, static_cast<int>(g.context.experts),
-                                  g.context.rows, kRows, column_tiles, blockIdx.x);
-  if (tile.expert < 0) return;
   const bool paired = is_paired(e);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int64_t column = static_cast<int64_t>(tile.column_tile) * columns_of_block(e) +
                          warp * (columns_of_block(e) / kWarps);
-  if (column >= e.columns) return;
+  if (!__any_sync(kFullWarp, column < e.columns)) return;
 
   // Where a weight has its column c. One past the last is the last again: read in bounds, and
   // never stored.
@@ -191,6 +189,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
   });
 }
 
+template <class T, int kRows>
+__global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
+    rows_gemm_kernel(RowsGemm g, int column_tiles, bool packs) {
+  for (unsigned block = blockIdx.x;; block += gridDim.x) {
+    const Tile tile = find_row_tile(g.context.expert_offsets, static_cast<int>(g.context.experts),
+                                    g.context.rows, kRows, column_tiles, block);
+    // The same in all lanes; a vote says so to the compiler, for which a shuffle in a loop that
+    // lanes may leave apart is a call.
+    if (!__any_sync(kFullWarp, tile.expert >= 0)) return;
+    multiply_tile<T, kRows>(g, tile, packs);
+  }
+}
+
 // ---- launcher ------------------------------------------------------------------------
 
 inline bool takes(const RowsGemm& g) {
@@ -210,9 +221,10 @@ cudaError_t launch_rows(const RowsGemm& g, cudaStream_t stream) {
   const int64_t blocks = most_row_tiles(g.context.rows, g.context.experts, kRows) * column_tiles;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return launch(
-      {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, "rows_gemm_decode"},
-      rows_gemm_kernel<T, kRows>, g, static_cast<int>(column_tiles), packs);
+  const int64_t held = static_cast<int64_t>(g.context.sm_count) * kBlocks<kRows>;
+  const auto grid = static_cast<unsigned>(blocks < held ? blocks : held);
+  return launch({dim3(grid), dim3(kThreads), 0, stream, "rows_gemm_decode"},
+                rows_gemm_kernel<T, kRows>, g, static_cast<int>(column_tiles), packs);
 }
 
 // An expert has at most as many rows as there are tokens (unless a token chose it twice).

@@ -5,7 +5,8 @@
 // for its tile by its number alone, and those beyond the last tile leave. So the order of
 // tiles is static, no block waits for another, and a graph captures the launch for every
 // routing. The waste is small: at most one partly filled tile, and one block too many a
-// column of tiles, per expert.
+// column of tiles, per expert. (Decoding, where that would be most of them, has blocks that take
+// tile after tile.)
 //
 // Within an expert, kRowTilesTogether tiles of rows walk through the columns side by side:
 // the tiles in flight then form a square rather than a line, so that most of what they

@@ -222,6 +222,7 @@ fault(
     "a 16-bit routing weight is taken for a float32 one",
     "return !e.weights || e.weights_dtype == Dtype::f32 ?",
     "return true ?",
+    TENSOR_CORES + "test_routing_weights_of_16_bits",
 )
 
 fault = faults("csrc/cuda/kernels/activations.cuh", TILE)
@@ -274,6 +275,11 @@ fault(
     "|| r >= tile.rows) return;",
     ") return;",
     DECODE + "test_routings[duplicates-3]",
+)
+fault(
+    "of a block's tiles every other one is left out",
+    "block += gridDim.x",
+    "block += 2 * gridDim.x",
 )
 fault(
     "batches that must not matter do",

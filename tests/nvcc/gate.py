@@ -10,7 +10,8 @@ Compiles every csrc/cuda/kernels/*.cu for sm_80 and sm_90a, without torch, and f
   file, so that a change of them is seen in its commit. The table is one nvcc's: under
   another one, only the rest is checked;
 - where the machine code of the tensor cores' kernels lacks one of HMMA, LDSM (tf32 apart) and
-  16-byte LDGSTS, or touches local memory. That needs nvdisasm, which no toolkit is asked for:
+  16-byte LDGSTS, touches local memory, or (tf32 apart) calls a function: a division's slow path,
+  a shuffle among lanes that may have parted. That needs nvdisasm, which no toolkit is asked for:
   `pip install nvidia-cuda-nvdisasm` has it.
 
 Objects stay in build/nvcc/, and ninja compiles what changed.
@@ -201,14 +202,16 @@ def compare(new, update):
 
 
 def machine_code(nvdisasm, cubin):
-    """{mangled name of a kernel: [its instructions]}"""
+    """{mangled name of a kernel: [its instructions, with the functions that it calls]}"""
     text = subprocess.run(
         [nvdisasm, "-c", cubin],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     sections = re.split(r"^\s*\.section\s+\.text\.([\w.$]+),.*$", text, flags=re.M)
     return {
-        name: re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body, re.M)
+        name: re.findall(
+            r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*(?: `\(\$\w+)?)", body, re.M
+        )
         for name, body in zip(sections[1::2], sections[2::2])
     }
 
@@ -245,6 +248,9 @@ def check_machine_code(cubins):
             local = sorted({op for op in code if op.startswith(("LDL", "STL"))})
             if local:
                 complaints.append(f"{where} touches local memory: {', '.join(local)}")
+            called = sorted({op for op in code if "`($" in op})
+            if called and not file.endswith("_tf32"):
+                complaints.append(f"{where} calls functions: {', '.join(called)}")
     print(f"machine code of {checked} tensor-core kernels looked through")
     return complaints if checked else [*complaints, "no tensor-core kernel was found"]
 

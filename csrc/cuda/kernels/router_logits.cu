@@ -49,13 +49,13 @@ struct Any {};
 template <class A, class T, bool kAlongDepth>
 class Share {
  public:
-  // first_row, begin, end: the rows' first, and the part of K.
+  // first_row, begin, length: the rows' first, and the part of K.
   __device__ __forceinline__ Share(const Operand& from, int64_t first_row, int64_t rows,
-                                   int64_t begin, int64_t end)
+                                   int64_t begin, int length)
       : row_(kAlongDepth ? threadIdx.x / 4 : threadIdx.x % 16 * 4),
         depth_(kAlongDepth ? threadIdx.x % 4 * 4 : threadIdx.x / 16),
         rows_left_(static_cast<int>(min(rows - first_row, int64_t{kTile})) - row_),
-        depth_left_(static_cast<int>(end - begin) - depth_),
+        depth_left_(length - depth_),
         dtype_(from.dtype) {
     const int64_t size = std::is_same_v<T, Any> ? size_of(from.dtype) : sizeof(Held);
     const int64_t row = first_row + row_, depth = begin + depth_;
@@ -107,7 +107,7 @@ class Share {
 
 // A: what is accumulated in.
 template <class A, class TypeA, bool kAAlongDepth, class TypeB, bool kBAlongDepth>
-__global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 3)
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 2)
     router_product_kernel(const RouterProduct p, const bool packs) {
   __shared__ __align__(32) A a_tile[2][kStep][kPitch];
   __shared__ __align__(32) A b_tile[2][kStep][kPitch];
@@ -116,10 +116,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 3)
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
   const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kTile;
   const int64_t split = blockIdx.z, begin = split * p.k_per_split;
-  const int64_t end = begin + p.k_per_split < p.k ? begin + p.k_per_split : p.k;
+  const int length = static_cast<int>(min(p.k_per_split, max(p.k - begin, int64_t{0})));
 
-  Share<A, TypeA, kAAlongDepth> a(p.a, first_row, p.m, begin, end);
-  Share<A, TypeB, kBAlongDepth> b(p.b, first_column, p.n, begin, end);
+  Share<A, TypeA, kAAlongDepth> a(p.a, first_row, p.m, begin, length);
+  Share<A, TypeB, kBAlongDepth> b(p.b, first_column, p.n, begin, length);
   A total[kOwn][kOwn] = {}, sum[kOwn][kOwn] = {};  // sum: of one slab
   const auto load = [&] {
     with_packs(packs, [&](auto whole) {
@@ -131,14 +131,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 3)
     a.store(a_tile[stage]);
     b.store(b_tile[stage]);
   };
-  if (begin < end) {
+  if (length > 0) {
     load();
     store(0);
   }
   __syncthreads();
   int stage = 0;
-  for (int64_t k = begin; k < end; k += kStep, stage ^= 1) {
-    const bool more = k + kStep < end;
+  for (int k = 0; k < length; k += kStep, stage ^= 1) {
+    const bool more = k + kStep < length;
     if (more) load();  // they arrive while this step is multiplied
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 3)
         for (int c = 0; c < kOwn; ++c) sum[r][c] += left.element[r] * right.element[c];
       }
     }
-    if (!more || (k + kStep - begin) % kSlab == 0) {
+    if (!more || (k + kStep) % kSlab == 0) {
 #pragma unroll
       for (int r = 0; r < kOwn; ++r) {
 #pragma unroll

@@ -13,9 +13,7 @@
 // a tile is 64 columns of gate beside the 64 of up that belong to them; interleaved ones
 // are so by themselves.
 //
-// Shared memory: kStages * (kM + 128) * kBytesK. A deep ring hides more of the memory's latency,
-// but of sm_86's, 89's and 120's 100 KB a multiprocessor two do not fit; two shallow ones do, and
-// then one block's epilogue runs beside the other's products. So they do where k is short.
+// Shared memory: kStages * (kM + 128) * kBytesK; grouped_gemm_sm80_tiles.cuh has the shapes.
 // Alignment: see sm80_takes. Tails (k, columns, rows) are zeros in shared memory, so NaN
 // beside an operand never meets a product.
 //
@@ -29,8 +27,6 @@
 // one warp, in steps that are the same in every tile shape; so a row's result does not
 // depend on the other rows either.
 #pragma once
-
-#include <type_traits>
 
 #include "epilogues.cuh"
 #include "grouped_gemm_sm80.h"
@@ -49,30 +45,6 @@ struct TileShape {
   static constexpr int kThreads = kWarpsM * kWarpsN * kWarpSize;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kTileN / kWarpsN;
 };
-
-using Deep16 = TileShape<kFewestRows, 1, 4, 128, 3, 3>;
-using Deep32 = TileShape<32, 1, 4, 128, 3, 3>;
-using Deep64 = TileShape<64, 2, 2, 128, 3, 2>;
-using Deep128 = TileShape<kWeightRows, 2, 2, 64, 4, 2>;
-using Deep256 = TileShape<256, 4, 2, 64, 4, 1>;
-
-using Shallow16 = TileShape<kFewestRows, 1, 4, 64, 3, 3>;
-using Shallow32 = TileShape<32, 1, 4, 64, 3, 3>;
-using Shallow64 = TileShape<64, 2, 2, 64, 4, 2>;
-using Shallow128 = TileShape<kWeightRows, 2, 2, 64, 3, 2>;
-
-// Shared memory of a multiprocessor: what the fewest have, and what the others have at least. A
-// block takes 1 KB more than it asks for.
-constexpr int64_t kLeastSmem = 100 << 10, kMoreSmem = 164 << 10;
-template <class Shape>
-constexpr int64_t blocks_in(int64_t smem) {
-  return smem / (Shape::kRingBytes + 1024);
-}
-static_assert(blocks_in<Shallow16>(kLeastSmem) == 3 && blocks_in<Shallow32>(kLeastSmem) == 3);
-static_assert(blocks_in<Shallow64>(kLeastSmem) == 2 && blocks_in<Shallow128>(kLeastSmem) == 2);
-static_assert(blocks_in<Deep16>(kMoreSmem) == 2 && blocks_in<Deep32>(kMoreSmem) == 2);
-static_assert(blocks_in<Deep64>(kMoreSmem) == 2 && blocks_in<Deep128>(kMoreSmem) == 2);
-static_assert(blocks_in<Deep256>(kLeastSmem) == 1);
 
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2], bf16) {
@@ -412,124 +384,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       out.store(tile.row + first + staged, value, value, staged < staged_rows);
     }
   }
-}
-
-// ---- the launches -----------------------------------------------------------------------
-
-template <class T, class Shape, Major kMajorB>
-cudaError_t launch_rows_gemm(const RowsGemm& gemm, const char* name, cudaStream_t stream) {
-  const Epilogue& e = gemm.epilogue;
-  const bool paired = e.kind == EpilogueKind::kActivate && e.activation.gated;
-  const int64_t column_tiles = (e.columns * (paired ? 2 : 1) + kTileN - 1) / kTileN;
-  const int64_t blocks =
-      most_row_tiles(gemm.context.rows, gemm.context.experts, Shape::kM) * column_tiles;
-  if (blocks == 0) return cudaSuccess;
-  const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(Shape::kThreads),
-                            Shape::kRingBytes, stream, name};
-  return launch(config, rows_gemm_kernel<T, Shape, kMajorB>, gemm, static_cast<int>(column_tiles));
-}
-
-template <class T, class Shape>
-cudaError_t launch_weight_gradient(const WeightGradient& gradient, const char* name,
-                                   cudaStream_t stream) {
-  const int64_t column_tiles = (gradient.n + kTileN - 1) / kTileN;
-  const int64_t row_tiles = (gradient.m + Shape::kM - 1) / Shape::kM;
-  const int64_t blocks = gradient.context.experts * row_tiles * column_tiles;
-  if (blocks == 0) return cudaSuccess;
-  const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(Shape::kThreads),
-                            Shape::kRingBytes, stream, name};
-  return launch(config, weight_gradient_kernel<T, Shape>, gradient, static_cast<int>(column_tiles));
-}
-
-// ---- which tile -------------------------------------------------------------------------
-//
-// The first entry of a table for which all holds. A row of the result has the same bits from
-// all of them.
-
-constexpr int64_t kAny = INT64_MAX;
-
-// Fewer shapes for tf32: they all have to be compiled.
-template <class T, class Halves, class Tf32>
-using ByType = std::conditional_t<sizeof(T) == 2, Halves, Tf32>;
-
-// A tile of many rows reads the weights less often; one of few wastes less of itself.
-template <class T, Major kMajorB>
-struct RowsTile {
-  int64_t most_rows;   // that an expert has on the average
-  int64_t least_k;     // bytes
-  int64_t least_smem;  // of a multiprocessor
-  const char* name;
-  cudaError_t (*launch)(const RowsGemm&, const char*, cudaStream_t);
-
-  template <class Halves, class Tf32 = Halves>
-  static constexpr auto kLaunch = launch_rows_gemm<T, ByType<T, Halves, Tf32>, kMajorB>;
-};
-
-constexpr int64_t kDeepK = 512;
-
-template <class T, Major kMajorB>
-cudaError_t choose_rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
-  using Entry = RowsTile<T, kMajorB>;
-  static constexpr Entry kTiles[] = {
-      {16, kDeepK, kMoreSmem, "rows_gemm_sm80, 16 rows, deep", Entry::template kLaunch<Deep16>},
-      {16, 0, 0, "rows_gemm_sm80, 16 rows, shallow", Entry::template kLaunch<Shallow16>},
-      {32, kDeepK, kMoreSmem, "rows_gemm_sm80, 32 rows, deep",
-       Entry::template kLaunch<Deep32, Deep64>},
-      {32, 0, 0, "rows_gemm_sm80, 32 rows, shallow", Entry::template kLaunch<Shallow32, Shallow64>},
-      {64, kDeepK, kMoreSmem, "rows_gemm_sm80, 64 rows, deep", Entry::template kLaunch<Deep64>},
-      {64, 0, 0, "rows_gemm_sm80, 64 rows, shallow", Entry::template kLaunch<Shallow64>},
-      {1023, kDeepK, kMoreSmem, "rows_gemm_sm80, 128 rows, deep", Entry::template kLaunch<Deep128>},
-      {1023, 0, 0, "rows_gemm_sm80, 128 rows, shallow", Entry::template kLaunch<Shallow128>},
-      {kAny, kDeepK, 0, "rows_gemm_sm80, 256 rows, deep",
-       Entry::template kLaunch<Deep256, Deep128>},
-      {kAny, 0, 0, "rows_gemm_sm80, 128 rows, shallow", Entry::template kLaunch<Shallow128>},
-  };
-  const GemmContext& context = gemm.context;
-  const int64_t rows = context.rows / (context.experts ? context.experts : 1);
-  const int64_t k_bytes = gemm.full.k * static_cast<int64_t>(sizeof(T));
-  const Entry* tile = kTiles;
-  while (rows > tile->most_rows || k_bytes < tile->least_k || context.smem < tile->least_smem) {
-    ++tile;
-  }
-  return tile->launch(gemm, tile->name, stream);
-}
-
-template <class T>
-cudaError_t rows_gemm(const RowsGemm& gemm, cudaStream_t stream) {
-  return gemm.full.w.k_stride == 1 ? choose_rows_gemm<T, Major::kK>(gemm, stream)
-                                   : choose_rows_gemm<T, Major::kMN>(gemm, stream);
-}
-
-// Of 256 rows no second block fits, so a tile of that many must have many rows to add up, and
-// waste little of itself: at most an eighth more than tiles of 128 rows.
-struct WeightTile {
-  int64_t least_rows;  // that an expert has on the average
-  int64_t least_smem;  // of a multiprocessor
-  int tile_rows;
-  const char* name;
-  cudaError_t (*launch)(const WeightGradient&, const char*, cudaStream_t);
-};
-
-template <class T>
-cudaError_t weight_gradient(const WeightGradient& gradient, cudaStream_t stream) {
-  static constexpr WeightTile kTiles[] = {
-      {512, 0, 256, "weight_gradient_sm80, 256 rows, deep",
-       launch_weight_gradient<T, ByType<T, Deep256, Deep128>>},
-      {128, kMoreSmem, 128, "weight_gradient_sm80, 128 rows, deep",
-       launch_weight_gradient<T, Deep128>},
-      {0, 0, 128, "weight_gradient_sm80, 128 rows, shallow", launch_weight_gradient<T, Shallow128>},
-  };
-  const GemmContext& context = gradient.context;
-  const int64_t rows = context.rows / (context.experts ? context.experts : 1);
-  const auto wastes = [&](int64_t tile_rows) {
-    const auto covered = [&](int64_t size) { return (gradient.m + size - 1) / size * size; };
-    return covered(tile_rows) * 8 > covered(kWeightRows) * 9;
-  };
-  const WeightTile* tile = kTiles;
-  while (rows < tile->least_rows || context.smem < tile->least_smem || wastes(tile->tile_rows)) {
-    ++tile;
-  }
-  return tile->launch(gradient, tile->name, stream);
 }
 
 }  // namespace moe_ext::cuda::sm80

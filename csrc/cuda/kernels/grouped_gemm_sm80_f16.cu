@@ -1,4 +1,4 @@
-#include "grouped_gemm_sm80.cuh"
+#include "grouped_gemm_sm80_tiles.cuh"
 
 namespace moe_ext::cuda::sm80 {
 

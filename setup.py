@@ -208,6 +208,8 @@ extension = Extension(
             "-U__CUDA_NO_HALF_CONVERSIONS__",
             "-U__CUDA_NO_HALF2_OPERATORS__",
             "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+            # Hopper's kernels are there: a build for 9.0 alone does not have them.
+            *(["-DMOE_EXT_SM90A"] if WITH_CUDA and "sm_90a" in cuda_archs() else []),
         ],
     },
 )

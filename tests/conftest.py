@@ -49,6 +49,12 @@ def pytest_addoption(parser):
     parser.addoption("--emulator-seeds", type=int, default=1, help="emulated runs of every test")
     parser.addoption("--results", help="a JSON file, kept up to date: gpu/progress.py")
     parser.addoption("--emulator-build", choices=("fast", "checked"), default="fast")
+    parser.addoption(
+        "--emulator-device",
+        choices=("sm_80", "sm_90"),
+        default="sm_80",
+        help="what it pretends to be",
+    )
 
 
 def pytest_configure(config):
@@ -113,7 +119,8 @@ def emulator_seed(request):
     from emulator import control
 
     seed = seed_of(request.node.nodeid) + getattr(request, "param", 0)
-    yield control.set(seed)
+    device = control.DEVICES.index(request.config.getoption("--emulator-device"))
+    yield control.set(seed, device=device)
     # Reports carry this from xdist's workers to EveryKernel.
     request.node.user_properties.append(("launched", (seed, sorted(set(control.launched())))))
 

@@ -1,7 +1,7 @@
 """Which kernel runs an expert's products, and shapes that reach its every tile and tail.
 
 `moe_forward` is called as ever; dtype, alignment, the number of tokens and of rows an expert
-decide the kernel. Sizes are such that k is longer than any ring of stages and no size is a
+decide the kernel, on an sm_80 (test_ffn_kernels_sm90.py has Hopper's). Sizes are such that k is longer than any ring of stages and no size is a
 multiple of a tile. `ffn_suite` has what is true of every kernel.
 """
 
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from moe_ext import functional, reference
 from moe_ext._load import BACKEND
-from support.ffn_suite import LAYOUTS, FFNStage
+from support.ffn_kernels import DECODE, SIMT, SM80, Kernels, assert_launched
+from support.ffn_suite import LAYOUTS
 from support.oracle import Draws, bits_equal, draw_plan, evaluate, shifted
 
 pytestmark = pytest.mark.skipif(BACKEND not in ("cuda", "emulated"), reason="kernels of a GPU")
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.skipif(BACKEND not in ("cuda", "emulated"), reason="ker
 TILES = {16: (20, 4), 32: (50, 2), 64: (100, 2), 128: (150, 2), 256: (1030, 1)}
 HIDDEN, WIDTH = 264, 72
 HALVES = (torch.bfloat16, torch.float16)
-SM80, DECODE, SIMT = "rows_gemm_sm80", "rows_gemm_decode", "rows_gemm_simt"
 
 
 @pytest.fixture
@@ -30,40 +30,6 @@ def tf32():
     torch.backends.cuda.matmul.allow_tf32 = True
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def assert_launched(*products):
-    """Which kernels ran the products since the test's begin or the last call; a GPU does not
-    tell. A kernel may stand for all of its tiles."""
-    if BACKEND != "emulated":
-        return
-    from emulator import control
-
-    names = [n for n in control.launched() if n.startswith(("rows_gemm", "weight_gradient"))]
-    assert len(names) == len(products), names
-    assert all(map(str.startswith, names, products)), names
-
-
-class Kernels(FFNStage):
-    stage = "moe_forward"
-    weighted = True
-
-    def check_launched(self, forward, backward, *arguments, **options):
-        """`check`, with every product of a draw on the kernels that are named."""
-        T, H, I, E, K, dtype, *routing = arguments
-        layout = {k: v for k, v in options.items() if k != "bias"}
-        draws = Draws()
-        for draw in range(4):
-            inputs = self.inputs(T, H, I, E, K, dtype, **({"bias": True} | options))
-            result = self.add(draws, inputs, draw_plan(T, E, K, *routing), **layout)
-            if draw == 0:
-                assert_launched(*forward, *backward)
-            if draws.is_telling():
-                break
-        # tf32 has as many bits as float16; the baseline's float32 has more.
-        tf32 = dtype == torch.float32 and SM80 in forward[0]
-        draws.assert_within_bound(torch.float16 if tf32 else dtype)
-        return result
 
 
 WEIGHTS_SM80 = ("weight_gradient_sm80",) * 2
@@ -224,21 +190,6 @@ class TestTensorCores(Kernels):
     def test_same_bits(self, tf32, dtype, transposed):
         self.check_same_bits(70, dtype, transposed)
 
-    def check_same_bits(self, tokens, dtype, transposed=False):
-        """Whatever the order of threads and blocks, and whenever copies land."""
-        plan = draw_plan(tokens, 3, 2)
-        inputs = self.inputs(tokens, 136, 72, 3, 2, dtype, bias=True, transposed=transposed)
-        function = self.bind(functional, plan, transposed=transposed)
-        cotangents, runs = {}, []
-        for seed in range(8):
-            if BACKEND == "emulated":
-                from emulator import control
-
-                control.set(seed, device=seed % 2)
-            runs.append(evaluate(function, inputs, cotangents=cotangents))
-        for run in runs[1:]:
-            assert bits_equal(run, runs[0])
-
 
 class TestDecode(Kernels):
     """Up to 16 tokens: every chosen expert's weights are streamed once."""
@@ -298,4 +249,4 @@ class TestDecode(Kernels):
 
     @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
     def test_same_bits(self, dtype):
-        TestTensorCores.check_same_bits(self, 16, dtype)
+        self.check_same_bits(16, dtype)

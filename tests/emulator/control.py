@@ -7,6 +7,7 @@ from emulator import build
 
 LATEST, RANDOM, EAGER = range(3)  # when asynchronous work takes effect
 BY_SEED = -1
+DEVICES = "sm_80", "sm_90"  # what it can pretend to be
 
 _folder = build.folder(os.environ.get("MOE_EXT_EMULATOR_BUILD", "fast"))
 _library = ctypes.CDLL(str(_folder / "libemulator.so"))
@@ -16,7 +17,7 @@ _library.moe_ext_emulator_launched.restype = ctypes.c_char_p
 
 
 def set(seed=0, delivery=BY_SEED, device=0):
-    """Device 0 is an sm_80, device 1 an sm_90. Returns the seed."""
+    """device: an index of DEVICES. Returns the seed."""
     _library.moe_ext_emulator_set(seed, delivery, device)
     return seed
 

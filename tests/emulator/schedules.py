@@ -13,6 +13,7 @@ import pytest
 from emulator import build
 
 TENSOR_CORES = r"test_ffn_kernels.py::TestTensorCores::"
+HOPPER = r"test_ffn_kernels_sm90.py::TestHopper::"
 DECODE = r"test_ffn_kernels.py::TestDecode::"
 EXPERTS = r"test_moe_forward.py::TestNumbers::"
 
@@ -36,6 +37,8 @@ SCHEDULES = re.compile(
             TENSOR_CORES + r"test_tiles\[.*layout[01]",
             TENSOR_CORES + r"test_tf32\[.*layout[01]",
             TENSOR_CORES + r"test_activations\[",
+            HOPPER + r"test_layouts\[.*dtype0",
+            HOPPER + r"test_several_turns\[.*layout[01]",
             DECODE + r"test_tokens\[.*False-.*dtype[02]",
             EXPERTS + r"test_routings\[.*(skewed|sentinels)",
         )

@@ -24,7 +24,7 @@ BOTH = ("up", "down")
 RANKS = (1, 2, 3, 5, 8, 16, 33, 72) + (1030,) * (not ON_GPU)
 
 
-class FFNLowRank(FFNStage):
+class LowRank(FFNStage):
     """x W_e + (x A_e) B_e for up_proj, down_proj or both of them."""
 
     def inputs(self, T, H, I, E, K, dtype, *args, rank=4, adapted=BOTH, **options):
@@ -41,6 +41,8 @@ class FFNLowRank(FFNStage):
     def bind(self, module, plan, rank=None, adapted=None, **options):
         return super().bind(module, plan, **options)
 
+
+class FFNLowRank(LowRank):
     # ---- against the float64 reference ----
 
     @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,6 +16,7 @@
 #include "grouped_gemm_decode.cuh"
 #include "grouped_gemm_simt.cuh"
 #include "grouped_gemm_sm80.h"
+#include "grouped_gemm_sm90.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -50,6 +51,7 @@ constexpr RowsGemmKernel kRowsGemms[] = {
          }
        });
      }},
+    {"sm90", sm90_takes, sm90_column_tiles, sm90_rows_gemm},
     {"sm80", sm80_takes, sm80_column_tiles, sm80_rows_gemm},
     {"simt", [](const RowsGemm&) { return true; }, simt::column_tiles,
      [](const RowsGemm& g, cudaStream_t stream) {
@@ -64,6 +66,7 @@ struct WeightGradientKernel {
   cudaError_t (*launch)(const WeightGradient&, cudaStream_t);
 };
 constexpr WeightGradientKernel kWeightGradients[] = {
+    {"sm90", sm90_takes, sm90_weight_gradient},
     {"sm80", sm80_takes, sm80_weight_gradient},
     {"simt", [](const WeightGradient&) { return true; },
      [](const WeightGradient& g, cudaStream_t stream) {

@@ -21,6 +21,18 @@ __device__ __forceinline__ uint32_t smem_u32(const void* pointer) {
 #endif
 }
 
+// ---- named barriers: 0 is __syncthreads, 1 to 15 are free ------------------------
+
+// Waits until `threads` threads (whole warps) have come to barrier `id`. What they wrote
+// before is then visible to all of them.
+__device__ __forceinline__ void named_bar_sync(int id, int threads) {
+#ifdef MOE_EXT_EMULATOR
+  emulator::barrier(id, threads, emulator::kBarrierSync, 0);
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
 // ---- cp.async: copies from global to shared memory that run beside the thread --------
 //
 // A copy moves 16 bytes, past L1 (.cg); both addresses are multiples of that. Only the first

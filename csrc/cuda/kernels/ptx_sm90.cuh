@@ -169,13 +169,6 @@ __device__ __forceinline__ void tma_store_wait() {
 #endif
 }
 
-// Fetches the map itself ahead of its first use.
-__device__ __forceinline__ void tma_prefetch([[maybe_unused]] const CUtensorMap& map) {
-#ifndef MOE_EXT_EMULATOR
-  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
-#endif
-}
-
 // ---- wgmma: D += A B by a warpgroup, which goes on meanwhile ------------------------------
 //
 // A warpgroup is 4 warps, the first a multiple of 4; all its threads call these functions
@@ -225,6 +218,13 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t stride
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   return kSwizzle128 | uint64_t{stride >> 4} << 32 | uint64_t{leading >> 4} << 16 |
          (address & 0x3ffff) >> 4;
+}
+
+// The same operand `bytes` further on, a multiple of 16: an addition, where descriptor is a dozen
+// instructions. Only the lower half changes, as addresses are of 18 bits.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+  const uint32_t lower = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor & 0xffffffff00000000ull) | lower;
 }
 
 #define MOE_EXT_D_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"

@@ -41,4 +41,26 @@ bool make_tensor_map(CUtensorMap& map, const void* data, const uint64_t (&sizes)
 #endif
 }
 
+// Maps of rows that end where a copy wants it, and not where the tensor does: which rows there
+// are is said by the coordinates (sm90_store.cuh), since only the device knows. That takes two
+// more dimensions, whose strides cancel: the address wraps around at 64 bits.
+constexpr int kRaggedRows = 1 << 30;
+constexpr uint64_t kAround = uint64_t{1} << 35;
+
+inline bool make_ragged_map(CUtensorMap& map, const void* data, uint64_t columns,
+                            uint64_t row_bytes, const uint32_t (&box)[2]) {
+  return make_tensor_map(map, data, {columns, kRaggedRows, INT32_MAX, INT32_MAX},
+                         {row_bytes, row_bytes, kAround - row_bytes}, {box[0], box[1], 1, 1});
+}
+
+// Of rows that are two halves of `columns` each, of which the second dimension names one: a box
+// past the end of the first half must not reach into the second.
+inline bool make_ragged_halves_map(CUtensorMap& map, const void* data, uint64_t columns,
+                                   const uint32_t (&box)[2]) {
+  const uint64_t half_bytes = 2 * columns, row_bytes = 2 * half_bytes;
+  return make_tensor_map(map, data, {columns, 2, kRaggedRows, INT32_MAX, INT32_MAX},
+                         {half_bytes, row_bytes, row_bytes, kAround - row_bytes},
+                         {box[0], 1, box[1], 1, 1});
+}
+
 }  // namespace moe_ext::cuda

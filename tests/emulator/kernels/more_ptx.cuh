@@ -6,17 +6,7 @@
 
 namespace moe_ext::cuda::ptx {
 
-// ---- named barriers: 0 is __syncthreads, 1 to 15 are free ------------------------
-
-// Waits until `threads` threads (whole warps) have come to barrier `id`. What they wrote
-// before is then visible to all of them.
-__device__ __forceinline__ void named_bar_sync(int id, int threads) {
-#ifdef MOE_EXT_EMULATOR
-  emulator::barrier(id, threads, emulator::kBarrierSync, 0);
-#else
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#endif
-}
+// ---- named barriers; see named_bar_sync -------------------------------------------------
 
 // Counts as having come to barrier `id`, and goes on: for a producer, whose consumers
 // call named_bar_sync. `threads` counts both.

@@ -9,10 +9,8 @@ Compiles every csrc/cuda/kernels/*.cu for sm_80 and sm_90a, without torch, and f
 - where registers, shared memory or stack of a kernel differ from resources.md beside this
   file, so that a change of them is seen in its commit. The table is one nvcc's: under
   another one, only the rest is checked;
-- where the machine code of the tensor cores' kernels lacks one of HMMA, LDSM (tf32 apart) and
-  16-byte LDGSTS, touches local memory, or (tf32 apart) calls a function: a division's slow path,
-  a shuffle among lanes that may have parted. That needs nvdisasm, which no toolkit is asked for:
-  `pip install nvidia-cuda-nvdisasm` has it.
+- where the tensor cores' kernels break machine_code.py's rules. That needs nvdisasm, which no
+  toolkit is asked for: `pip install nvidia-cuda-nvdisasm` has it.
 
 Objects stay in build/nvcc/, and ninja compiles what changed.
 """
@@ -26,19 +24,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from machine_code import check_machine_code
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "nvcc"
 TABLE = Path(__file__).with_name("resources.md")
 ARCHS = ("sm_80", "sm_90a")
 FLAGS = "-std=c++17 -O3 -Xptxas -v -Xptxas -warn-spills"
-
-# The files whose kernels are to run on tensor cores, and which of their kernels do.
-TENSOR_CORES = ("grouped_gemm_sm80_bf16", "grouped_gemm_sm80_f16", "grouped_gemm_sm80_tf32")
-MUST_HAVE = {  # regular expressions
-    r"HMMA\.": "tensor cores",
-    r"LDSM\.": "ldmatrix",
-    r"LDGSTS\..*\b128\b": "16-byte cp.async",
-}
 
 
 class Kernel(NamedTuple):
@@ -56,6 +48,16 @@ def tool(name):
     """A program of this Python's environment, else one on the PATH, else None."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else shutil.which(name)
+
+
+def find_nvdisasm():
+    import importlib.util
+
+    package = importlib.util.find_spec("nvidia")
+    for place in package.submodule_search_locations if package else ():
+        for found in sorted(Path(place).glob("*/bin/nvdisasm")):
+            return str(found)
+    return tool("nvdisasm")
 
 
 def find_nvcc():
@@ -198,63 +200,6 @@ def compare(new, update):
     return []
 
 
-# ---- machine code -----------------------------------------------------------------------
-
-
-def machine_code(nvdisasm, cubin):
-    """{mangled name of a kernel: [its instructions, with the functions that it calls]}"""
-    text = subprocess.run(
-        [nvdisasm, "-c", cubin],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    sections = re.split(r"^\s*\.section\s+\.text\.([\w.$]+),.*$", text, flags=re.M)
-    return {
-        name: re.findall(
-            r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*(?: `\(\$\w+)?)", body, re.M
-        )
-        for name, body in zip(sections[1::2], sections[2::2])
-    }
-
-
-def find_nvdisasm():
-    import importlib.util
-
-    package = importlib.util.find_spec("nvidia")
-    for place in package.submodule_search_locations if package else ():
-        for found in sorted(Path(place).glob("*/bin/nvdisasm")):
-            return str(found)
-    return tool("nvdisasm")
-
-
-def check_machine_code(cubins):
-    """Complaints about the tensor cores' kernels."""
-    nvdisasm = find_nvdisasm()
-    if nvdisasm is None:
-        return ["no nvdisasm (pip install nvidia-cuda-nvdisasm): the machine code is not checked"]
-    complaints, checked = [], 0
-    for (file, arch), cubin in cubins.items():
-        if file not in TENSOR_CORES:
-            continue
-        kernels = machine_code(nvdisasm, cubin)
-        names = demangle(list(kernels))
-        for mangled, code in kernels.items():
-            where = f"{file}.cu for {arch}: {names[mangled]}"
-            checked += 1
-            for instruction, what in MUST_HAVE.items():
-                if what == "ldmatrix" and file.endswith("_tf32"):
-                    continue  # it transposes 16-bit elements only; others are read one by one
-                if not any(re.match(instruction, op) for op in code):
-                    complaints.append(f"{where} has no {instruction} ({what})")
-            local = sorted({op for op in code if op.startswith(("LDL", "STL"))})
-            if local:
-                complaints.append(f"{where} touches local memory: {', '.join(local)}")
-            called = sorted({op for op in code if "`($" in op})
-            if called and not file.endswith("_tf32"):
-                complaints.append(f"{where} calls functions: {', '.join(called)}")
-    print(f"machine code of {checked} tensor-core kernels looked through")
-    return complaints if checked else [*complaints, "no tensor-core kernel was found"]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="rewrite resources.md")
@@ -267,7 +212,7 @@ def main():
         kernels[arch] += found
         complaints += [f"{arch}: {line}" for line in bad]
     complaints += compare(table(kernels, release(nvcc)), arguments.update)
-    complaints += check_machine_code(cubins)
+    complaints += check_machine_code(cubins, find_nvdisasm(), demangle)
     counts = ", ".join(f"{len(found)} for {arch}" for arch, found in kernels.items())
     print(f"nvcc gate: {len(cubins) // len(ARCHS)} files, kernels: {counts}")
     if complaints:

@@ -8,6 +8,6 @@ checked build knows what was promised.
 Every barrier, fence and wait of the kernels has its fault.
 """
 
-from . import combine, experts, router, scatter
+from . import combine, experts, hopper, router, scatter
 
-FAULTS = [*router.FAULTS, *scatter.FAULTS, *experts.FAULTS, *combine.FAULTS]
+FAULTS = [*router.FAULTS, *scatter.FAULTS, *experts.FAULTS, *hopper.FAULTS, *combine.FAULTS]

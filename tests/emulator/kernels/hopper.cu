@@ -1,4 +1,6 @@
 // mbarriers, TMA, wgmma, stmatrix, setmaxnreg: an instruction a kernel. For sm_90a.
+#include <type_traits>
+
 #include "cuda/kernels/ptx_sm90.cuh"
 #include "cuda/kernels/tensor_map.cuh"
 #include "micro.h"
@@ -159,14 +161,23 @@ static int multiply_majors(int a_mn, int b_mn, const uint32_t* a, const uint32_t
 
 MICRO_KERNEL micro_wgmma(int n, int bf16, int a_mn, int b_mn, const uint32_t* a, const uint32_t* b,
                          const float* in, int accumulate, float* out) {
-#define WGMMA(N)                                                                               \
-  if (n == N)                                                                                  \
-    return (bf16 ? multiply_majors<N, true> : multiply_majors<N, false>)(a_mn, b_mn, a, b, in, \
-                                                                         accumulate, out);
-  WGMMA(32)
-  WGMMA(64) WGMMA(128) WGMMA(192) WGMMA(256)
-#undef WGMMA
-      return -2;
+  const auto with = [&](auto of_n) {
+    constexpr int kN = decltype(of_n)::value;
+    return (bf16 ? multiply_majors<kN, true> : multiply_majors<kN, false>)(a_mn, b_mn, a, b, in,
+                                                                           accumulate, out);
+  };
+  switch (n) {
+    case 32:
+      return with(std::integral_constant<int, 32>());
+    case 64:
+      return with(std::integral_constant<int, 64>());
+    case 128:
+      return with(std::integral_constant<int, 128>());
+    case 192:
+      return with(std::integral_constant<int, 192>());
+    default:
+      return with(std::integral_constant<int, 256>());
+  }
 }
 
 // ---- stmatrix --------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def pytest_addoption(parser):
     parser.addoption("--emulator-build", choices=("fast", "checked"), default="fast")
     parser.addoption(
         "--emulator-device",
-        choices=("sm_80", "sm_90"),
+        choices=("sm_80", "sm_86", "sm_90"),
         default="sm_80",
         help="what it pretends to be",
     )

@@ -191,6 +191,26 @@ class TestTensorCores(Kernels):
         self.check_same_bits(70, dtype, transposed)
 
 
+@pytest.mark.skipif(BACKEND != "emulated", reason="a GPU is one device only")
+class TestLessSharedMemory(Kernels):
+    """sm_86: 100 KB, which two blocks share where a deep ring would take most of it."""
+
+    device = "sm_86"
+
+    @pytest.mark.parametrize("tile", TILES)
+    def test_shallow_rings_of_the_same_bits(self, tile):
+        tokens, experts = TILES[tile]
+        inputs = self.inputs(tokens, HIDDEN, WIDTH, experts, 1, torch.bfloat16)
+        plan = draw_plan(tokens, experts, 1)
+        less = self.call(inputs, plan)
+        up = f"{SM80}, {tile} rows, {'deep' if tile == 256 else 'shallow'}"
+        down = f"{SM80}, {min(tile, 128)} rows, shallow"
+        assert_launched(up, down)
+        self.set_seed(0, "sm_80")
+        assert bits_equal(self.call(inputs, plan), less)
+        assert_launched(f"{SM80}, {tile} rows, deep", down)
+
+
 class TestDecode(Kernels):
     """Up to 16 tokens: every chosen expert's weights are streamed once."""
 

@@ -7,7 +7,7 @@
 //   TORCH_LIBRARY_IMPL(moe_ext, MOE_EXT_CUDA_KEY, m) { m.impl("topk_route", &topk_route); }
 //
 // In the emulator (tests/emulator/) the ops take the place of the CPU ops: the tensors
-// are a CPU's, and the device is one of two that it pretends to be.
+// are a CPU's, and the device is one that it pretends to be.
 #pragma once
 
 #include <ATen/core/Tensor.h>

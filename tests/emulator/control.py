@@ -7,7 +7,7 @@ from emulator import build
 
 LATEST, RANDOM, EAGER = range(3)  # when asynchronous work takes effect
 BY_SEED = -1
-DEVICES = "sm_80", "sm_90"  # what it can pretend to be
+DEVICES = "sm_80", "sm_90", "sm_86"  # what it can pretend to be
 
 _folder = build.folder(os.environ.get("MOE_EXT_EMULATOR_BUILD", "fast"))
 _library = ctypes.CDLL(str(_folder / "libemulator.so"))

@@ -32,11 +32,11 @@ class Kernels(FFNStage):
     def pretend(self, emulator_seed):
         self.set_seed(emulator_seed)
 
-    def set_seed(self, seed):
+    def set_seed(self, seed, device=None):
         if BACKEND == "emulated":
             from emulator import control
 
-            control.set(seed, device=control.DEVICES.index(self.device))
+            control.set(seed, device=control.DEVICES.index(device or self.device))
 
     def check_launched(self, forward, backward, *arguments, **options):
         """`check`, with every product of a draw on the kernels that are named."""

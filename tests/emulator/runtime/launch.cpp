@@ -13,8 +13,8 @@
 
 namespace emulator {
 
-// An A100 and an H100, as far as dispatch can tell, with few multiprocessors.
-static const Device kDevices[] = {{80, 5, 163 << 10}, {90, 3, 227 << 10}};
+// An A100, an H100 and an RTX 3090, as far as dispatch can tell, with few multiprocessors.
+static const Device kDevices[] = {{80, 5, 163 << 10}, {90, 3, 227 << 10}, {86, 4, 99 << 10}};
 
 Settings& settings() {
   static Settings all;

@@ -62,14 +62,14 @@ fault(
     "a stage is released while its products are under way",
     "    if (before >= 0) barriers.release(before);\n    before = ring.stage();",
     "    barriers.release(ring.stage());\n    before = -1;",
-    SAME_BITS,
+    LAYOUT,
     CHECKED,
 )
 fault(
     "two stages' products may be under way, and the older is released",
     "ptx::wgmma_wait<1>();",
     "ptx::wgmma_wait<2>();",
-    SAME_BITS,
+    LAYOUT,
     CHECKED,
 )
 fault(
@@ -111,10 +111,10 @@ fault(
     "(stages->a) + consumer * 0, kEightRows)",
 )
 fault(
-    "a block goes to the tiles of the expert after the next",
+    "a block skips the expert after one without rows",
     "      first_ += tiles;\n",
     "      first_ += tiles;\n      if (rows == 0) ++expert_;\n",
-    ROUTINGS,
+    NO_ROWS,
 )
 fault(
     "experts have full tiles only",

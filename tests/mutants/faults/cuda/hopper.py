@@ -305,6 +305,8 @@ fault(
     "preactivations are read before they have landed",
     "      ptx::mbarrier_wait(ptx::smem_u32(&landed_.barrier[set]), parity_ >> set & 1);\n",
     "",
+    LAYOUT,
+    CHECKED,
 )
 fault("the parity of preactivations does not change", "      parity_ ^= 1u << set;\n", "", TURNS)
 fault(

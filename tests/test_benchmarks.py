@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_builds  # noqa: E402
 import bench_models  # noqa: E402
 import harness  # noqa: E402
+import predict_hopper  # noqa: E402
 import published  # noqa: E402
 import report_models  # noqa: E402
 
@@ -220,3 +221,25 @@ def test_a_build_beside_itself(monkeypatch, tmp_path):
         for result in case["tasks"].values():
             assert list(result["seconds"]) == ["before", "now"]
             assert list(result["against"]) == ["before"]
+
+
+# ---- what a GPU should take ----------------------------------------------------------------
+
+
+def test_the_committed_prediction_is_what_its_script_says():
+    assert predict_hopper.RESULT.read_text() == predict_hopper.text()
+
+
+def test_a_prediction_is_no_faster_than_its_bound():
+    for shape in predict_hopper.SHAPES.values():
+        forward, backward = predict_hopper.kernels(shape)
+        # 4 R H I operations for up and 2 for down, and twice as many backward.
+        product = 6 * shape.rows * shape.hidden * shape.intermediate
+        assert sum(k.flops for k in forward) == product
+        assert sum(k.flops for k in backward) == 2 * product
+        for chip in predict_hopper.CHIPS.values():
+            for kernel in (*forward, *backward):
+                assert kernel.seconds(chip) * chip.tensor > kernel.flops
+                assert kernel.seconds(chip) * chip.memory >= kernel.bytes * (1 - 1e-9)
+            for layer in predict_hopper.layers(shape, chip):
+                assert layer.seconds > layer.bound

@@ -31,7 +31,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
 STAGES = (
-    "ffn_kernels", "router_logits", "topk_route", "capacity_scatter", "gather_rows", "grouped_ffn",
+    "ffn_kernels", "ffn_kernels_sm90", "router_logits", "topk_route", "capacity_scatter", "gather_rows", "grouped_ffn",
     "weighted_combine", "moe_forward", "accumulate_stats",
 )  # fmt: skip
 LAYER = ("moe", "layer_state", "losses", "stats", "checkpoint", "compile")
@@ -89,7 +89,8 @@ def parts(out, dry):
             {} if dry else {"MOE_EXT_GOLDEN": "write"},
         ),
         "kernels": Part(
-            suite("kernels", files(STAGES), "-k", "test_tiles and layout0 and 256 or test_no_token"),
+            suite("kernels", files(STAGES), "-k",
+                  "test_tiles and layout0 and 256 or TestHopper and layout0-dtype0 or test_no_token"),
             210,
         ),
         "bench": Part([*bench, *(["--dry"] if dry else ["--shapes", *SHAPES])], 180),

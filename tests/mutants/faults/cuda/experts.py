@@ -45,7 +45,7 @@ fault(
     "no group is committed where k has fewer tiles than there are stages",
     "load_b.load(smem.b[stage]);\n      }\n      ptx::cp_async_commit();",
     "load_b.load(smem.b[stage]);\n        ptx::cp_async_commit();\n      }",
-    TILE,
+    TENSOR_CORES + "test_thousands_of_experts",
     "--emulator-seeds=4",
 )
 fault(

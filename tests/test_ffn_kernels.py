@@ -176,14 +176,7 @@ class TestTensorCores(Kernels):
 
     @pytest.mark.parametrize("tokens", (17, 40, 150, 1100))
     def test_a_token_does_not_know_how_many_there_are(self, tokens):
-        """The same bits from every tile, so also from every number of tokens."""
-        experts = torch.zeros((tokens, 1), dtype=torch.int32)
-        inputs = self.inputs(tokens, 136, 72, 1, 1, torch.bfloat16)
-        few = {n: t[:9] if n in ("x", "weights") else t for n, t in inputs.items()}
-        with functional.batch_invariant():
-            all_of_them = self.call(inputs, reference.capacity_scatter(experts, 1))
-            alone = self.call(few, reference.capacity_scatter(experts[:9], 1))
-        assert bits_equal(all_of_them[:9], alone)
+        self.check_batch_invariance(tokens)
 
     @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
     @pytest.mark.parametrize("transposed", (False, True))

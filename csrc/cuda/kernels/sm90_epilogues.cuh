@@ -41,8 +41,7 @@ class Bias {
   __device__ Bias(const Epilogue& e, int64_t width, int expert)
       : row_(e.bias ? static_cast<const T*>(e.bias) + expert * width : nullptr), width_(width) {}
 
-  // eight = acc and the biases of columns `column` to + 15: those of this thread's
-  // eight.
+  // eight = acc and this thread's biases of columns `column` to `column` + 15.
   __device__ __forceinline__ void add(float (&eight)[8], const float* acc, int column) const {
     float bias[2][2] = {};
     if (row_) {

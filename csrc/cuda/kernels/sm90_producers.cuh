@@ -113,6 +113,7 @@ __device__ void produce_gathered(Stage<T> (&stages)[kStages], Barriers<kStages>&
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
       const Product& p = part == 0 ? gemm.full : gemm.low_rank;
+      if (p.k == 0) continue;
       const char* const a = static_cast<const char*>(p.a.data);
       KMajorLoader<Rows, kWarpgroup> rows(
           [&](int row) -> const char* {

@@ -14,8 +14,8 @@ namespace moe_ext::cuda {
 // as long as a launch. May be used by several threads.
 class SmemGrants {
  public:
-  // ask(), unless it has succeeded before for this kernel and device, and as many bytes. Whoever
-  // comes while another thread asks waits for the answer.
+  // ask(), unless it has succeeded before for this kernel and device, and as many bytes. A thread
+  // that comes while another asks waits for the answer.
   template <class Ask>
   cudaError_t get(const void* kernel, int device, size_t bytes, Ask ask) {
     const std::lock_guard lock(mutex_);

@@ -49,7 +49,8 @@ SCHEDULES = re.compile(
 def kernels():
     """The names under which the sources launch kernels; one may have a name for each tile."""
     files = (build.ROOT / "csrc/cuda/kernels").glob("*.cu*")
-    named = re.findall(r"(?:stream,|kName =)([^;}]*)[;}]", "".join(f.read_text() for f in files))
+    text = "".join(f.read_text() for f in files)
+    named = re.findall(r"(?:stream,|kName =)[^;}]*[;}]|kTiles\[\] = .*?};", text, re.DOTALL)
     return set(re.findall(r'"([^"]+)"', "".join(named)))
 
 

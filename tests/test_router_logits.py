@@ -115,6 +115,64 @@ def test_long_sums(dtype):
     assert ((weight.grad.double() - oracle).abs() <= 4e-6 * oracle).all()
 
 
+# ---- on tensor cores ----
+
+
+def products():
+    """The kernels of the products since the test's begin or the last call; a GPU does not tell."""
+    from emulator import control
+
+    return [name for name in control.launched() if name.startswith("router_product")]
+
+
+@pytest.mark.parametrize(
+    "dtype, weight_dtype, hidden, forward, backward",
+    (
+        (torch.bfloat16, torch.bfloat16, 40, "_sm80", "_sm80"),
+        (torch.float16, torch.float16, 40, "_sm80", ""),
+        (torch.bfloat16, torch.bfloat16, 36, "", ""),
+        (torch.bfloat16, torch.float16, 40, "", ""),
+        (torch.bfloat16, torch.float32, 40, "", ""),
+        (torch.float32, torch.float32, 40, "", ""),
+    ),
+)
+def test_which_units(dtype, weight_dtype, hidden, forward, backward):
+    """The dtypes and the hidden size alone choose them."""
+    check(20, hidden, 6, dtype=dtype, weight_dtype=weight_dtype)
+    if functional.BACKEND == "emulated":
+        assert products() == [f"router_product{units}" for units in (forward, *2 * (backward,))]
+
+
+@pytest.mark.parametrize("tokens", (16, 17, 64, 65, 128, 129, 513))
+@pytest.mark.parametrize("num_experts, hidden", ((8, 128), (128, 520), (137, 136), (264, 264)))
+def test_tensor_tiles(tokens, num_experts, hidden):
+    """Tiles of 16, 64 and 128 rows and 128 columns: whole ones and their rests, in every order."""
+    check(tokens, hidden, num_experts, dtype=torch.bfloat16)
+
+
+def test_gradients_keep_their_digits():
+    """Where what is left of two numbers is less than bfloat16 has of either."""
+    rest = 2.0**-12
+    x, weight = unit(1, 16, dtype=torch.bfloat16), unit(1, 16, dtype=torch.bfloat16)
+    inputs = dict(x=x.expand(2, 16), weight=weight.expand(2, 16))
+    cotangents = dict(output=torch.tensor([[1 + rest, -1.0], [-1.0, 1.0]]))
+    result = evaluate(functional.router_logits, inputs, cotangents=cotangents)
+    assert torch.equal(result["d_x"][0], rest * weight[0]) and not result["d_x"][1].any()
+    assert torch.equal(result["d_weight"][0], rest * x[0]) and not result["d_weight"][1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_gradients(dtype):
+    """They stay so, and reach their own token and expert."""
+    inputs = draw(20, 16, 6, dtype, bias=False)
+    cotangent = unit(20, 6, dtype=torch.promote_types(dtype, torch.float32))
+    cotangent[3, 1] = math.inf
+    result = evaluate(functional.router_logits, inputs, cotangents=dict(output=cotangent))
+    assert torch.equal(result["d_x"][3], math.inf * inputs["weight"][1].sign())
+    assert torch.equal(result["d_weight"][1], math.inf * inputs["x"][3].sign())
+    assert result["d_x"].isinf().sum() == result["d_weight"].isinf().sum() == 16
+
+
 def test_no_token():
     result = check(0, 8, 3)
     assert result["output"].shape == (0, 3)
@@ -189,11 +247,13 @@ def test_same_bits(dtype, set_threads):
 
 @needs_ops
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden", (33, 1024, 1100))
-def test_a_token_does_not_depend_on_the_others(dtype, hidden):
+@pytest.mark.parametrize("hidden, num_experts", ((33, 9), (1024, 9), (1100, 9), (264, 300)))
+def test_a_token_does_not_depend_on_the_others(dtype, hidden, num_experts):
     """The same bits in a batch of 1, 3 or 150, wherever in it: forward and dx."""
-    inputs = draw(150, hidden, 9, dtype)
-    cotangent = unit(150, 9, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    inputs = draw(150, hidden, num_experts, dtype)
+    cotangent = unit(
+        150, num_experts, dtype=torch.float64 if dtype == torch.float64 else torch.float32
+    )
     everything = evaluate(functional.router_logits, inputs, cotangents=dict(output=cotangent))
     for part in (slice(0, 1), slice(61, 67), slice(147, 150)):
         own = inputs | dict(x=inputs["x"][part])

@@ -104,10 +104,26 @@ struct Mainloop {
     }
   }
 
-  // acc += the sum over `depth` tiles of k of a b^T.
-  template <class LoaderA, class LoaderB>
+  static __device__ __forceinline__ void add(Accumulators& total, const Accumulators& acc) {
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i) {
+#pragma unroll
+      for (int j = 0; j < kFragmentsN; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) total[i][j][c] += acc[i][j][c];
+      }
+    }
+  }
+
+  struct Nothing {
+    __device__ void operator()(int) const {}
+  };
+
+  // acc += the sum over `depth` tiles of k of a b^T; after each, multiplied(tile).
+  template <class LoaderA, class LoaderB, class Multiplied = Nothing>
   static __device__ __forceinline__ void run(Smem& smem, LoaderA& load_a, LoaderB& load_b,
-                                             int depth, Accumulators& acc) {
+                                             int depth, Accumulators& acc,
+                                             Multiplied multiplied = {}) {
     const FragmentReader<ATile, Side::kA, Shape::kWarpM> read_a(warp_m() * Shape::kWarpM);
     const FragmentReader<BTile, Side::kB, Shape::kWarpN> read_b(warp_n() * Shape::kWarpN);
 #pragma unroll
@@ -151,6 +167,7 @@ struct Mainloop {
           }
         }
       }
+      multiplied(tile);
       full = full + 1 == kStages ? 0 : full + 1;
       empty = empty + 1 == kStages ? 0 : empty + 1;
     }

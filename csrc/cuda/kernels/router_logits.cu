@@ -1,5 +1,7 @@
 // router_logits and its backward: out (M, N) = a (M, K) b (N, K)^T (+ bias), with operands
-// of any floating dtype, read as they are, and float32 (or float64) accumulation.
+// of any floating dtype, read as they are, and float32 (or float64) accumulation. Those that tensor
+// cores can take without losing digits go to router_product_sm80.cu; what follows is for the
+// others.
 //
 // A block of 256 threads owns 64 x 64 of out, 4 x 4 a thread. It goes through K in steps of
 // 16: while the threads multiply one step out of shared memory, the next one is on its way
@@ -26,18 +28,19 @@
 #include "dtypes.cuh"
 #include "platform.cuh"
 #include "router_logits.h"
+#include "router_product_sm80.h"
 
 namespace moe_ext::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 64;  // rows and columns of a block
-constexpr int kStep = 16;  // of K
-constexpr int kSlab = 256;
+constexpr int kTile = 64;              // rows and columns of a block
+constexpr int kStep = 16;              // of K
 constexpr int kOwn = 4;                // rows and columns of a thread
 constexpr int kAcross = kTile / kOwn;  // threads side by side
 constexpr int kPitch = kTile + 4;      // keeps 16-byte alignment, spreads the banks
-static_assert(kAcross * kAcross == kThreads && kTile * kStep == 4 * kThreads && kSlab % kStep == 0);
+static_assert(kAcross * kAcross == kThreads && kTile * kStep == 4 * kThreads &&
+              kRouterSlab % kStep == 0);
 
 // ---- one step's operand, from memory to shared memory -----------------------------------
 
@@ -150,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 2)
         for (int c = 0; c < kOwn; ++c) sum[r][c] += left.element[r] * right.element[c];
       }
     }
-    if (!more || (k + kStep) % kSlab == 0) {
+    if (!more || (k + kStep) % kRouterSlab == 0) {
 #pragma unroll
       for (int r = 0; r < kOwn; ++r) {
 #pragma unroll
@@ -227,12 +230,8 @@ cudaError_t launch_layout(const RouterProduct& p, cudaStream_t stream) {
     packs = in_packs<TypeA, 4>(p.a.data, p.a.stride, kAAlongDepth ? p.k : p.m) &&
             in_packs<TypeB, 4>(p.b.data, p.b.stride, kBAlongDepth ? p.k : p.n);
   }
-  const cudaError_t error =
-      launch({grid, dim3(kThreads), 0, stream, "router_product"},
-             router_product_kernel<A, TypeA, kAAlongDepth, TypeB, kBAlongDepth>, p, packs);
-  if (error != cudaSuccess || p.splits == 1) return error;
-  const dim3 blocks(static_cast<unsigned>((p.m * p.n + kThreads - 1) / kThreads));
-  return launch({blocks, dim3(kThreads), 0, stream, "add_parts"}, add_parts_kernel<A>, p);
+  return launch({grid, dim3(kThreads), 0, stream, "router_product"},
+                router_product_kernel<A, TypeA, kAAlongDepth, TypeB, kBAlongDepth>, p, packs);
 }
 
 // The three products' layouts. Of the two that have the logits' gradient for a, that is of the
@@ -243,6 +242,40 @@ cudaError_t launch_product(const RouterProduct& p, cudaStream_t stream) {
   using Gradient = std::conditional_t<std::is_same_v<TypeA, Any>, Any, A>;
   return p.a.along_depth ? launch_layout<A, Gradient, true, TypeB, false>(p, stream)
                          : launch_layout<A, Gradient, false, TypeB, false>(p, stream);
+}
+
+cudaError_t launch_product(const RouterProduct& p, cudaStream_t stream) {
+  if (p.tensor_cores) return sm80::router_product(p, stream);
+  if (p.is_double) return launch_product<double, Any, Any>(p, stream);
+  return with_type(p.a.dtype, [&](auto a) {
+    return with_type(p.b.dtype, [&](auto b) {
+      if constexpr (sizeof(a) == 8 || sizeof(b) == 8) {
+        return cudaErrorInvalidValue;  // is_double says so
+      } else {
+        return launch_product<float, decltype(a), decltype(b)>(p, stream);
+      }
+    });
+  });
+}
+
+unsigned blocks_of(int64_t size) { return static_cast<unsigned>((size + kThreads - 1) / kThreads); }
+
+// ---- the gradient for tensor cores --------------------------------------------------------
+
+// A thread an element of a half.
+__global__ void __launch_bounds__(kThreads) halve_gradient_kernel(const GradientHalves p) {
+  const int64_t size = p.rows * p.columns;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= size) return;
+  const int64_t row = index / p.columns, expert = index % p.columns;
+  const float g = expert < p.experts ? p.g[row * p.experts + expert] : 0.0f;
+  auto* halves = static_cast<bf16*>(p.halves);
+  bf16 rounded;
+  round_to(rounded, g);
+  const float rest = g - to_compute(rounded);
+  halves[index] = rounded;
+  // Of an infinity nothing is left; the difference would be NaN.
+  round_to(halves[size + index], rest - rest == 0 ? rest : 0.0f);
 }
 
 // ---- sums of columns ------------------------------------------------------------------------
@@ -292,29 +325,34 @@ cudaError_t launch_sums(const ColumnSums& p, cudaStream_t stream) {
 
 void plan_splits(RouterProduct& p, Splits splits) {
   constexpr int64_t kBlocks = 256;  // as many as keep a large GPU busy
-  const int64_t tiles = ((p.m + kTile - 1) / kTile) * ((p.n + kTile - 1) / kTile);
-  const int64_t slabs = (p.k + kSlab - 1) / kSlab;
+  const auto [rows, columns] =
+      p.tensor_cores ? sm80::router_tile(p) : sm80::RouterTile{kTile, kTile};
+  const int64_t tiles = ((p.m + rows - 1) / rows) * ((p.n + columns - 1) / columns);
+  const int64_t slabs = (p.k + kRouterSlab - 1) / kRouterSlab;
   int64_t slabs_per_split = std::max<int64_t>(slabs, 1);
-  if (slabs > 1 && tiles < kBlocks / 4) slabs_per_split = 1;
+  // With a rest of a, the order of the sum would not be the same.
+  if (slabs > 1 && tiles < kBlocks / 4 && !p.a_rest) slabs_per_split = 1;
   if (splits == Splits::kFree)
     slabs_per_split =
         std::max<int64_t>(1, slabs / std::max<int64_t>(1, kBlocks / std::max<int64_t>(1, tiles)));
-  p.k_per_split = slabs_per_split * kSlab;
+  p.k_per_split = slabs_per_split * kRouterSlab;
   p.splits = std::max<int64_t>(1, (p.k + p.k_per_split - 1) / p.k_per_split);
 }
 
 cudaError_t router_product(const RouterProduct& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return cudaSuccess;
-  if (p.is_double) return launch_product<double, Any, Any>(p, stream);
-  return with_type(p.a.dtype, [&](auto a) {
-    return with_type(p.b.dtype, [&](auto b) {
-      if constexpr (sizeof(a) == 8 || sizeof(b) == 8) {
-        return cudaErrorInvalidValue;  // is_double says so
-      } else {
-        return launch_product<float, decltype(a), decltype(b)>(p, stream);
-      }
-    });
-  });
+  const cudaError_t error = launch_product(p, stream);
+  if (error != cudaSuccess || p.splits == 1) return error;
+  const LaunchConfig config{dim3(blocks_of(p.m * p.n)), dim3(kThreads), 0, stream, "add_parts"};
+  return p.is_double ? launch(config, add_parts_kernel<double>, p)
+                     : launch(config, add_parts_kernel<float>, p);
+}
+
+cudaError_t halve_gradient(const GradientHalves& p, cudaStream_t stream) {
+  const int64_t size = p.rows * p.columns;
+  if (size == 0) return cudaSuccess;
+  return launch({dim3(blocks_of(size)), dim3(kThreads), 0, stream, "halve_gradient"},
+                halve_gradient_kernel, p);
 }
 
 int64_t column_sum_blocks(int64_t m) {

@@ -61,6 +61,90 @@ fault(
     "--emulator-seeds=2",
 )
 
+fault(
+    "of an infinite gradient NaN is left",
+    "rest - rest == 0 ? rest : 0.0f",
+    "rest",
+    LOGITS + "test_infinite_gradients",
+)
+fault(
+    "with a rest of the gradient, K is cut as without",
+    "tiles < kBlocks / 4 && !p.a_rest)",
+    "tiles < kBlocks / 4)",
+    LOGITS + "test_a_token_does_not_depend_on_the_others",
+)
+
+fault = faults("csrc/cuda/kernels/router_product_sm80.cu")
+fault(
+    "what rounding left of the gradient is lost",
+    "(p.a_rest ? 2 : 1)",
+    "1",
+    LOGITS + "test_gradients_keep_their_digits",
+)
+fault(
+    "a slab counts again in the next",
+    "      Loop::clear(sum);\n    });",
+    "    });",
+    LOGITS + "test_hidden_sizes",
+)
+fault(
+    "the last slab is not added where it is a part of one",
+    "if (tile + 1 < depth && (tile + 1) % kSlabTiles != 0) return;",
+    "if ((tile + 1) % kSlabTiles != 0) return;",
+    LOGITS + "test_hidden_sizes",
+)
+fault(
+    "slabs are of another length",
+    "(tile + 1) % kSlabTiles != 0",
+    "(tile + 1) % (2 * kSlabTiles) != 0",
+    LOGITS + "test_a_token_does_not_depend_on_the_others",
+)
+fault(
+    "rows past the last are read",
+    "return first + row < extent ?",
+    "return true ?",
+    LOGITS + "test_tensor_tiles",
+)
+fault(
+    "columns past the last are read",
+    "return first + chunk * kChunk < extent ?",
+    "return true ?",
+    LOGITS + "test_tensor_tiles",
+    CHECKED,
+)
+fault(
+    "the last experts have no part in dx where they are no whole chunk",
+    "(length + kChunk - 1) / kChunk * 16",
+    "length / kChunk * 16",
+    LOGITS + "test_tiles",
+)
+fault(
+    "every part of a sum has the bias",
+    "if (p.bias && p.splits == 1) {",
+    "if (p.bias) {",
+    LOGITS + "test_hidden_sizes",
+)
+fault(
+    "columns past the last are written",
+    "int64_t{0}), int64_t{8}));",
+    "int64_t{8}), int64_t{8}));",
+    LOGITS + "test_tiles",
+)
+fault(
+    "parts of a sum are written one over the other",
+    "static_cast<float*>(p.parts) + split * p.m * p.n",
+    "static_cast<float*>(p.parts)",
+    LOGITS + "test_hidden_sizes",
+)
+
+fault = faults("csrc/cuda/router_logits.cpp")
+fault(
+    "rows that 16-byte copies cannot read go to them",
+    "(aligned || !tensor_cores)",
+    "true",
+    LOGITS + "test_non_contiguous",
+)
+
 # ---- topk_route ------------------------------------------------------------------------------
 
 ROUTE = "tests/test_topk_route.py::"

@@ -25,7 +25,8 @@ class Chip(NamedTuple):
 CHIPS = {"H100": Chip(798e12, 3.0e12), "H200": Chip(788e12, 4.3e12)}
 SMS, FLOP_A_CLOCK = 132, 4096  # multiprocessors; of a multiprocessor's tensor cores
 SMEM_A_CLOCK, L2_A_CLOCK = 128, 8e6 / 1300  # bytes: a multiprocessor's, the chip's
-FFMA = 67e12 * 0.5  # FLOP/s of the router's float32 units, half of them busy
+MMA_SYNC = 0.5  # of a large dense product's speed: what the router's tiles reach by mma.sync
+ROUTER_TILE = 128  # columns of its tiles
 LAUNCHES = 20e-6  # s: top-k and the plan
 REALITY = {"forward": 0.867, "backward": 0.827}
 
@@ -145,10 +146,14 @@ def kernels(s):
     return forward, backward
 
 
-def router(s):
-    """Seconds forward and backward: on float32 units, as router_logits.cu runs."""
-    product = 2 * s.tokens * s.hidden * s.experts / FFMA
-    return product + LAUNCHES, 2 * product
+def router(s, chip):
+    """Seconds forward and backward on a chip, as router_product_sm80.cu runs: x from memory once
+    a tile of columns; of the two gradients each is multiplied by two halves, and is x's size or
+    reads x."""
+    T, H, tiles = s.tokens, s.hidden, tiles_in(s.experts, ROUTER_TILE)
+    product = 2 * T * H * tiles * ROUTER_TILE / (MMA_SYNC * chip.tensor)
+    x = T * H * ELEMENT / chip.memory
+    return max(product, tiles * x) + LAUNCHES, 2 * max(2 * product, x)
 
 
 class Layer(NamedTuple):
@@ -158,7 +163,7 @@ class Layer(NamedTuple):
 
 
 def layers(s, chip):
-    for parts, routing in zip(kernels(s), router(s)):
+    for parts, routing in zip(kernels(s), router(s, chip)):
         flops = sum(k.flops for k in parts)
         combine = sum(k.seconds(chip) for k in parts if not k.flops)
         yield Layer(
@@ -236,10 +241,10 @@ def text():
             "",
             "## Layers, TFLOP/s, forward / backward",
             "",
-            "The router included, which does not run on tensor cores. Bound: dense products and the",
-            f"combine. Reality: {REALITY['forward']} / {REALITY['backward']}, the share of the same"
-            " arithmetic that the",
-            "published library reaches. SonicMoE: its published figures.",
+            "The router included. Bound: dense products and the combine.",
+            f"Reality: {REALITY['forward']} / {REALITY['backward']}, the share of the same"
+            " arithmetic that the published library reaches.",
+            "SonicMoE: its published figures.",
             "",
             *summary(),
             "",

@@ -27,6 +27,8 @@
 #   make gpu          build, tests, three shapes of the benchmark, compute-sanitizer: 15 minutes;
 #                     tests/gpu/run.py says what, and leaves results in build/gpu
 #   make gpu-build, gpu-tests, gpu-bench, gpu-sanitizer    parts of it
+#   make gpu-sm90     a Hopper's first 15 minutes: build, its instructions, its kernels, the
+#                     benchmark beside SonicMoE and torch's grouped_mm, and beside the prediction
 #   make gpu-dry      the same steps without a GPU, as far as they go
 #
 # A torch that PYTHON can import is used as it is; else TORCH is installed.
@@ -48,7 +50,7 @@ test: export OMP_NUM_THREADS ?= 1
 
 .PHONY: test demo finetune lint format mutants bench bench-models peers bench-peers wheel docs \
         kernels build clean emulated nvcc cuda-import gpu gpu-build gpu-tests gpu-sanitizer \
-        gpu-bench gpu-dry
+        gpu-bench gpu-sm90 gpu-dry
 
 test: build
 	$(RUN) -m pytest -n auto $(ARGS)
@@ -140,7 +142,7 @@ $(CUDA_BUILD)/venv/ready:
 GPU_RUN = $(shell $(PYTHON) -c 'import torch; assert torch.version.cuda' 2> /dev/null && echo $(PYTHON) || echo $(RUN))
 GPU_PARTS = $(GPU_RUN) tests/gpu/run.py
 
-gpu gpu-build gpu-tests gpu-bench gpu-sanitizer: $(if $(filter $(RUN),$(GPU_RUN)),$(VENV)/ready)
+gpu gpu-build gpu-tests gpu-bench gpu-sanitizer gpu-sm90: $(if $(filter $(RUN),$(GPU_RUN)),$(VENV)/ready)
 gpu:
 	$(GPU_PARTS) $(ARGS)
 
@@ -148,13 +150,16 @@ gpu-build:
 	$(GPU_PARTS) build $(ARGS)
 
 gpu-tests:
-	$(GPU_PARTS) build primitives kernels gpu_only layer $(ARGS)
+	$(GPU_PARTS) build sm90_primitives primitives sm90_kernels kernels gpu_only layer $(ARGS)
 
 gpu-bench:
 	$(GPU_PARTS) build bench $(ARGS)
 
 gpu-sanitizer:
 	$(GPU_PARTS) build memcheck racecheck synccheck initcheck $(ARGS)
+
+gpu-sm90:
+	$(GPU_PARTS) sm90 $(ARGS)
 
 gpu-dry: build
 	$(RUN) tests/gpu/run.py --dry --out build/gpu-dry $(ARGS)

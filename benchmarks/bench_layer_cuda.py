@@ -5,8 +5,8 @@
 
 ours   moe_ext.MoE, dropless, without losses: what the peers compute
 peers  transformers' MixtralSparseMoeBlock with `grouped_mm` experts; the kernels of Liger
-       and ScatterMoE behind the same router. A peer that cannot be imported, or fails, is
-       `not compared`, with the reason
+       and ScatterMoE behind the same router; SonicMoE with its own. A peer that cannot be
+       imported, or fails, is `not compared`, with the reason
 bound  a perfectly balanced dense product of the same FLOPs through cuBLAS' batched GEMM, and
        what lies between the GEMMs (activation, gather-and-sum) as bytes at the copy bandwidth
 
@@ -21,6 +21,7 @@ with transformers' before anything is timed. Stops taking new shapes after --sec
 
 import argparse
 import importlib
+import inspect
 import statistics
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -166,6 +167,12 @@ class DryTimer(Timer):
         return function
 
 
+def dense_rate(timer, size):
+    """FLOP/s of a product of square matrices, as cuBLAS has it."""
+    a, b = (torch.randn(size, size, device=timer.device).bfloat16() for _ in range(2))
+    return 2 * size**3 / timer.median(lambda: a @ b)
+
+
 def copy_bandwidth(timer, size):
     """Bytes a second, read and written ones together."""
     source = torch.zeros(size // 4, dtype=torch.int32, device=timer.device)
@@ -216,7 +223,33 @@ def scattermoe(block, shape):
     return peer
 
 
+class SonicMoE(torch.nn.Module):
+    """Its router is in its kernels. Gate and up alternate in its weights, which later releases
+    want with the activation's name."""
+
+    def __init__(self, block, shape):
+        super().__init__()
+        self.call = importlib.import_module("sonicmoe.functional").moe_TC_softmax_topk_layer
+        self.options = ()
+        if any("activation" in name for name in inspect.signature(self.call).parameters):
+            self.options = (importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU,)
+        self.gate, self.top_k = block.gate, shape.top_k
+        gate, up = block.experts.gate_up_proj.detach().chunk(2, 1)
+        self.up = torch.nn.Parameter(torch.stack([gate, up], 2).flatten(1, 2))
+        self.down = torch.nn.Parameter(block.experts.down_proj.detach())
+
+    def forward(self, x):
+        up, down = self.up.permute(1, 2, 0), self.down.permute(1, 2, 0)
+        stream = torch.cuda.current_stream().cuda_stream
+        y, *_ = self.call(
+            x.view(-1, x.shape[-1]), self.gate.weight, up, None, down, None, self.top_k, stream,
+            *self.options, not torch.is_grad_enabled(),
+        )  # fmt: skip
+        return y.view_as(x)
+
+
 PEERS = {
+    "sonicmoe": SonicMoE,
     "grouped_mm": lambda block, shape: block,
     "liger": liger,
     "scattermoe": scattermoe,
@@ -356,11 +389,38 @@ def bench_case(name, shape, dtype, repeats, timer, bandwidth):
     both = bound.forward_bytes + bound.backward_bytes
     times["bound"] = [t + both / bandwidth for t in times["bound"]]
     case["forward_backward"] = summary(times, 3 * flops)
+    try:
+        case["kernels"] = our_kernels(calls["ours"], reset, timer)
+    except Exception as error:  # a profiler may lack the right to look
+        absent["kernels"] = f"{type(error).__name__}: {str(error).splitlines()[0]:.160}"
+    reset()
     case["saved_bytes"] = {
         side: harness.saved_bytes(lambda m=m: m(x.detach().requires_grad_()), m.parameters())
         for side, m in sides.items()
     }
     return case
+
+
+def our_kernels(call, prepare, timer, repeats=5):
+    """[name, seconds] of each of our kernels, as a call launches them: predict_hopper.py holds
+    them against its own."""
+    if timer.device == "cpu":
+        return []
+    runs = []
+    for _ in range(repeats):
+        prepare()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            timer.wait()
+        events = [
+            e for e in profile.events()
+            if "moe_ext" in e.name and e.device_type == torch.autograd.DeviceType.CUDA
+        ]  # fmt: skip
+        runs.append(sorted(events, key=lambda e: e.time_range.start))
+    return [
+        [same[0].name, statistics.median(e.time_range.elapsed_us() for e in same) / 1e6]
+        for same in zip(*runs, strict=True)
+    ]
 
 
 def stages(shape, layer, x, timer, bandwidth):
@@ -421,7 +481,8 @@ def machine(timer):
         "cuda": torch.version.cuda,
         "built_for": moe_ext._load.BUILD_INFO["archs"],
         **{
-            name: package(name) for name in ("transformers", "triton", "liger-kernel", "scattermoe")
+            name: package(name)
+            for name in ("transformers", "triton", "liger-kernel", "scattermoe", "sonicmoe")
         },
     }
 
@@ -476,9 +537,12 @@ def main():
 
     begin = time.time()
     bandwidth = copy_bandwidth(timer, 1 << (20 if arguments.dry else 30))
-    about = dict(machine=machine(timer), copy_bandwidth=bandwidth)
+    dense = dense_rate(timer, 64 if arguments.dry else 8192)
+    about = dict(machine=machine(timer), copy_bandwidth=bandwidth, dense_flops=dense)
     provenance = harness.provenance()  # before results change the checkout
-    print(f"{about['machine']}\ncopy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    print(
+        f"{about['machine']}\ncopy bandwidth {bandwidth / 1e12:.2f} TB/s, dense {dense / 1e12:.0f} TFLOP/s"
+    )
     print(f"| shape | | ours | TFLOP/s | of the bound | {' | '.join(PEERS)} |")
     print("| --- | --- |" + " ---: |" * (3 + len(PEERS)), flush=True)
     left_out = []

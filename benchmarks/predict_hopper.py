@@ -1,6 +1,7 @@
 """What Hopper's kernels should take, by arithmetic: a table to hold a GPU's times against.
 
-    python benchmarks/predict_hopper.py     writes results/predicted_hopper.md
+    python benchmarks/predict_hopper.py              writes results/predicted_hopper.md
+    python benchmarks/predict_hopper.py bench.json   prints what bench_layer_cuda.py measured beside it
 
 Nothing is measured here. A kernel's time is the larger of two: that of its tiles, in clocks of
 the tightest of tensor cores, shared memory and L2, with what the epilogue adds where no product
@@ -9,6 +10,8 @@ those of large dense products and of copies on them. The same arithmetic, of ano
 kernels with published times, promises too much: REALITY is what was left of it there.
 """
 
+import argparse
+import json
 import math
 import statistics
 from pathlib import Path
@@ -256,6 +259,77 @@ def text():
     )
 
 
+# ---- beside what was measured -------------------------------------------------------------------
+
+# How a profiler names our kernels, and what one after the other they are, forward and backward.
+LAUNCHED = {
+    "rows_gemm_kernel": ("up", "down", "dA", "dX"),
+    "weight_gradient_kernel": ("dW up", "dW down"),
+    "sum_kernel": ("combine", "combine dX"),
+}
+OFF = 0.15  # beyond which a cause is to be named before anything is tuned
+
+
+def measured_kernels(launched):
+    """{kernel: seconds}; a kind of which there are more or fewer is left out."""
+    result = {}
+    for kind, names in LAUNCHED.items():
+        seconds = [s for name, s in launched if kind in name]
+        if len(seconds) == len(names):
+            result |= zip(names, seconds, strict=True)
+    return result
+
+
+def pairs(results):
+    """(what, predicted, measured), in seconds. Layers with REALITY, which a kernel's prediction
+    has not; the chip first, for its part in all the others."""
+    chip = next((c for n, c in CHIPS.items() if n in results["machine"]["gpu"]), CHIPS["H200"])
+    product, copy = 2 * 8192**3, 2**31
+    yield "a dense product of 8192", product / chip.tensor, product / results["dense_flops"]
+    yield "a copy of 1 GiB", copy / chip.memory, copy / results["copy_bandwidth"]
+    for case in results["cases"]:
+        sizes = ("tokens", "hidden", "intermediate", "num_experts", "top_k")
+        s = Shape(*(case[size] for size in sizes))
+        if case["kind"] == "serve":
+            weights = case["weights_bytes"] / chip.memory
+            yield f"{case['shape']}: graph, by its weights", weights, case["graph_seconds"]
+            continue
+        measured = measured_kernels(case.get("kernels", ()))
+        for kernel in sum(kernels(s), []):
+            if kernel.name in measured:
+                what = f"{case['shape']}: {kernel.name}"
+                yield what, kernel.seconds(chip), measured[kernel.name]
+        forward, backward = (
+            layer.seconds / reality
+            for layer, reality in zip(layers(s, chip), REALITY.values(), strict=True)
+        )
+        for what, predicted in (("forward", forward), ("forward_backward", forward + backward)):
+            yield f"{case['shape']}: {what}", predicted, case[what]["seconds"]["ours"]
+
+
+def beside(results):
+    yield "| | predicted, ms | measured, ms | off |"
+    yield "| --- | ---: | ---: | ---: |"
+    for what, predicted, measured in pairs(results):
+        off = measured / predicted - 1
+        mark = f" **over {OFF:.0%}**" if abs(off) > OFF else ""
+        yield f"| {what} | {1e3 * predicted:.3f} | {1e3 * measured:.3f} | {off:+.0%}{mark} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="?", type=Path)
+    results = parser.parse_args().results
+    if results is None:
+        RESULT.write_text(text())
+        print(RESULT)
+    elif results.exists():
+        print("\n".join(beside(json.loads(results.read_text()))))
+    else:
+        raise SystemExit(f"predict_hopper.py: nothing was measured yet, there is no {results}")
+
+
 if __name__ == "__main__":
-    RESULT.write_text(text())
-    print(RESULT)
+    main()

@@ -69,6 +69,13 @@ def facts():
                 f" {_load.rebuild_command()}"
             )
         yield f"gpu {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}{unfit}"
+    for device in devices():
+        if sm90_is_refused(device):
+            yield (
+                "no maps",
+                f"{device}: its driver makes no tensor maps, which the kernels for sm_90 need;"
+                " those for sm_80 run in their place",
+            )
 
 
 def devices():
@@ -77,6 +84,14 @@ def devices():
     if _load.BACKEND == "cuda":
         return gpus
     return ["cpu", *gpus] if _load.BACKEND is None or _load.BACKEND == "reference" else ["cpu"]
+
+
+def sm90_is_refused(device):
+    """Whether only the driver keeps Hopper's kernels from a device; a library for CPUs has no such op."""
+    ask = getattr(torch.ops.moe_ext, "sm90_is_refused", None)
+    if ask is None or (device == "cpu" and _load.BACKEND != "emulated"):
+        return False
+    return ask(torch.zeros(1, device=device))
 
 
 def self_test(dtype, device="cpu"):

@@ -243,3 +243,39 @@ def test_a_prediction_is_no_faster_than_its_bound():
                 assert kernel.seconds(chip) * chip.memory >= kernel.bytes * (1 - 1e-9)
             for layer in predict_hopper.layers(shape, chip):
                 assert layer.seconds > layer.bound
+
+
+def test_what_was_measured_stands_beside_its_prediction(monkeypatch, tmp_path, capsys):
+    """As a profiler names and orders the kernels of a training step; what is missing has no row."""
+    name, s = "7b_n256", predict_hopper.SHAPES["7B n256"]
+    chip = predict_hopper.CHIPS["H200"]
+    seconds = {k.name: k.seconds(chip) for k in sum(predict_hopper.kernels(s), [])}
+    order = ("up", "down", "combine", "dA", "dX", "combine dX", "dW up", "dW down")
+    kinds = {n: kind for kind, names in predict_hopper.LAUNCHED.items() for n in names}
+    launched = [["moe_ext::topk_kernel", 1.0]]
+    launched += [[f"void moe_ext::cuda::{kinds[n]}<T>", seconds[n] * 1.1] for n in order]
+    case = dict(
+        shape=name, kind="train", tokens=s.tokens, hidden=s.hidden, intermediate=s.intermediate,
+        num_experts=s.experts, top_k=s.top_k, kernels=launched,
+        forward={"seconds": {"ours": 1.0}}, forward_backward={"seconds": {"ours": 3.0}},
+    )  # fmt: skip
+    serve = case | dict(shape="serve", kind="serve", weights_bytes=4.3e9, graph_seconds=1.2e-3)
+    results = dict(
+        machine={"gpu": "NVIDIA H200"}, cases=[case, serve],
+        dense_flops=chip.tensor, copy_bandwidth=chip.memory / 1.14,
+    )  # fmt: skip
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(results))
+    monkeypatch.setattr(sys, "argv", ["predict_hopper.py", str(file)])
+    predict_hopper.main()
+    rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    off = {row[0].strip(): row[3].strip() for row in rows}
+    assert off.pop("a dense product of 8192") == "+0%" and off.pop("a copy of 1 GiB") == "+14%"
+    assert off.pop("serve: graph, by its weights") == "+20% **over 15%**"
+    assert all("over 15%" in off.pop(f"{name}: {way}") for way in ("forward", "forward_backward"))
+    assert off == {f"{name}: {n}": "+10%" for n in order}
+    del launched[1]
+    assert set(predict_hopper.measured_kernels(launched)) == set(order) - {"up", "down", "dA", "dX"}
+    file.unlink()
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        predict_hopper.main()

@@ -147,6 +147,25 @@ class TestHopper(OnHopper):
         gradient = kernel.replace("rows_gemm", "weight_gradient")
         self.check_launched((kernel,) * 2, (kernel,) * 2 + (gradient,) * 2, *shape)
 
+    @pytest.mark.skipif(BACKEND != "emulated", reason="no driver refuses for a test")
+    def test_a_driver_that_makes_no_maps(self, monkeypatch):
+        """The kernels for sm_80 run, and the diagnosis says so; of another GPU it says nothing."""
+        from emulator import control
+        from moe_ext.__main__ import facts
+
+        products = (SM80,) * 2, (SM80,) * 2 + ("weight_gradient_sm80",) * 2
+        told = {}
+        for name in control.DEVICES:
+            for refused in (False, True):
+                control.set(device=control.DEVICES.index(name), refuse_maps=refused)
+                told[name, refused] = [text for about, text in facts() if about == "no maps"]
+                if (name, refused) == ("sm_90", True):
+                    monkeypatch.setattr(control, "set", lambda *_, **__: None)
+                    self.check_launched(*products, 150, 72, 48, 2, 1, torch.bfloat16)
+                    monkeypatch.undo()
+        (text,) = told.pop(("sm_90", True))
+        assert "sm_80" in text and not any(told.values())
+
     def test_more_experts_than_offsets_have_room_for(self):
         inputs = self.inputs(70 * 513, 8, 8, 513, 1, torch.bfloat16)
         experts = (torch.arange(70 * 513, dtype=torch.int32) % 513).view(-1, 1)

@@ -28,7 +28,7 @@ def counted(function, *inputs):
 def test_every_op_has_a_formula():
     names = {n.removeprefix("moe_ext::") for n in torch._C._dispatch_get_all_op_names()
              if n.startswith("moe_ext::")}  # fmt: skip
-    names -= {"cpu_instruction_sets"}  # takes no tensor
+    names -= {"cpu_instruction_sets", "sm90_is_refused"}  # questions to the library
     assert names and all(getattr(torch.ops.moe_ext, name) in flop_registry for name in names)
 
 

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "cuda/ffn.h"
+#include "cuda/kernels/grouped_gemm_sm90.h"
 
 namespace moe_ext {
 namespace {
@@ -21,7 +22,14 @@ GradientsOfRows grouped_ffn_backward(Arguments& args) {
   return without_weights(ffn_backward(args.op(), OnDevice(call.x), call));
 }
 
+// For the diagnosis: whether only the driver keeps Hopper's kernels from x's device.
+bool sm90_is_refused(const at::Tensor& x) {
+  return cuda::sm90_is_refused(OnDevice(x).sm(), x.const_data_ptr());
+}
+
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(moe_ext, m) { m.def("sm90_is_refused(Tensor x) -> bool", &sm90_is_refused); }
 
 TORCH_LIBRARY_IMPL(moe_ext, MOE_EXT_CUDA_KEY, m) {
   m.impl("grouped_ffn", kernel<&grouped_ffn>());

@@ -11,14 +11,17 @@ DEVICES = "sm_80", "sm_90", "sm_86"  # what it can pretend to be
 
 _folder = build.folder(os.environ.get("MOE_EXT_EMULATOR_BUILD", "fast"))
 _library = ctypes.CDLL(str(_folder / "libemulator.so"))
-_library.moe_ext_emulator_set.argtypes = (ctypes.c_uint64, ctypes.c_int, ctypes.c_int)
+_library.moe_ext_emulator_set.argtypes = (
+    ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_bool,
+)  # fmt: skip
 _library.moe_ext_emulator_launches.restype = ctypes.c_uint64
 _library.moe_ext_emulator_launched.restype = ctypes.c_char_p
 
 
-def set(seed=0, delivery=BY_SEED, device=0):
-    """device: an index of DEVICES. Returns the seed."""
-    _library.moe_ext_emulator_set(seed, delivery, device)
+def set(seed=0, delivery=BY_SEED, device=0, refuse_maps=False):
+    """device: an index of DEVICES. refuse_maps: as a driver that makes no tensor maps. Returns
+    the seed."""
+    _library.moe_ext_emulator_set(seed, delivery, device, refuse_maps)
     return seed
 
 

@@ -38,6 +38,7 @@ struct Settings {
   uint64_t seed = 0;  // 0: threads and blocks in order; else shuffled
   Delivery delivery = kBySeed;
   int device = 0;
+  bool refuse_maps = false;  // as a driver that makes no tensor maps
 };
 Settings& settings();
 
@@ -192,7 +193,7 @@ cudaError_t launch(const char* name, dim3 grid, dim3 block, size_t smem_bytes,
 
 // For Python, through ctypes.
 extern "C" {
-void moe_ext_emulator_set(uint64_t seed, int delivery, int device);
+void moe_ext_emulator_set(uint64_t seed, int delivery, int device, bool refuse_maps);
 uint64_t moe_ext_emulator_launches();
 const char* moe_ext_emulator_launched();
 }

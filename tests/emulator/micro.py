@@ -50,6 +50,13 @@ def compile_for_gpu():
     return target
 
 
+def copied_to_gpu(tensor):
+    """A copy that is as far from an aligned address as the tensor: .cuda() would align it."""
+    offset = tensor.storage_offset()
+    room = torch.empty(offset + tensor.numel(), dtype=tensor.dtype, device="cuda")
+    return room[offset:].view(tensor.shape).copy_(tensor)
+
+
 class Micro:
     """micro(kernel, *arguments) runs one; tensors are read and written in place."""
 
@@ -64,7 +71,7 @@ class Micro:
         def convert(argument):
             if not isinstance(argument, torch.Tensor):
                 return argument
-            held.append((argument, argument.cuda() if self.on_gpu else argument))
+            held.append((argument, copied_to_gpu(argument) if self.on_gpu else argument))
             return ctypes.c_void_p(held[-1][1].data_ptr())
 
         code = getattr(self.library, f"micro_{kernel}")(*map(convert, arguments))

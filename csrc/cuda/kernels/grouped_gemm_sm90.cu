@@ -106,6 +106,15 @@ bool sm90_takes(const WeightGradient& gradient) {
          sm80_takes(gradient) && maps_of(gradient).has_value();
 }
 
+bool sm90_is_refused(int sm, const void* data) {
+  if (!kBuilt || sm != 90) return false;
+  CUtensorMap map;
+  const uint32_t box[2] = {kSlice, kSlice};
+  return !make_tensor_map(map, data, {kSlice, kSlice}, {kSlice * kElement}, box) ||
+         !make_ragged_map(map, data, kSlice, kSlice * kElement, box) ||
+         !make_ragged_halves_map(map, data, kSlice, box);
+}
+
 int64_t sm90_column_tiles(const RowsGemm& gemm) {
   const int64_t tile = is_paired(gemm.epilogue) ? kTileN / 2 : kTileN;
   return (gemm.epilogue.columns + tile - 1) / tile;

@@ -15,6 +15,10 @@ namespace moe_ext::cuda {
 bool sm90_takes(const RowsGemm& gemm);
 bool sm90_takes(const WeightGradient& gradient);
 
+// Whether these kernels are for this GPU, and only its driver keeps them from it: it makes no
+// maps. `data`: any memory of the device.
+bool sm90_is_refused(int sm, const void* data);
+
 // Of a kBackward epilogue: the first dimension of score_parts.
 int64_t sm90_column_tiles(const RowsGemm& gemm);
 

@@ -294,8 +294,8 @@ cudaError_t launch_grid(const char* name, dim3 grid, dim3 block_dims, size_t sme
 }  // namespace emulator
 
 extern "C" {
-void moe_ext_emulator_set(uint64_t seed, int delivery, int device) {
-  emulator::settings() = {seed, static_cast<emulator::Delivery>(delivery), device};
+void moe_ext_emulator_set(uint64_t seed, int delivery, int device, bool refuse_maps) {
+  emulator::settings() = {seed, static_cast<emulator::Delivery>(delivery), device, refuse_maps};
   emulator::launched.clear();
 }
 const char* moe_ext_emulator_launched() { return emulator::launched.c_str(); }

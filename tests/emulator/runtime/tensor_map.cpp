@@ -13,6 +13,7 @@ static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 bool encode_tensor_map(CUtensorMap* map, const void* data, int dims, const uint64_t* sizes,
                        const uint64_t* strides, const uint32_t* box, bool swizzled) {
   TensorMap encoded{};
+  if (settings().refuse_maps) return false;
   if (dims < 1 || dims > kMostDims || reinterpret_cast<uintptr_t>(data) % 16) return false;
   encoded.magic = kMagic;
   encoded.data = static_cast<char*>(const_cast<void*>(data));

@@ -15,6 +15,7 @@ NO_ROWS = HOPPER + "test_experts_without_rows_have_no_gradient[False]"
 BESIDE = HOPPER + "test_what_is_beside_an_operand_is_not_read[False]"
 SAME_BITS = HOPPER + "test_same_bits[layout0]"
 CLAMPS = HOPPER + "test_clamps[layout0]"
+NO_MAPS = HOPPER + "test_a_driver_that_makes_no_maps"
 
 # ---- stages and their barriers ---------------------------------------------------------------
 
@@ -421,3 +422,5 @@ fault(
     "return gemm.epilogue.columns / tile + (gemm.epilogue.columns < tile);",
     TURNS,
 )
+fault("maps that the driver refused are used", "maps_of(gemm).has_value()", "true", NO_MAPS)
+fault("every GPU is told to lack maps", "if (!kBuilt || sm != 90)", "if (!kBuilt)", NO_MAPS)

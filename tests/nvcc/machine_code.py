@@ -116,6 +116,7 @@ def product_loop(instructions, labels):
 
 RULES = {  # file and architecture, both whole: the rules
     r"grouped_gemm_sm80_(bf16|f16|tf32) .*": mma_rules,
+    r"router_product_sm80 .*": mma_rules,
     r"grouped_gemm_sm90_(bf16|f16) sm_90a": wgmma_rules,
 }
 

@@ -1,10 +1,10 @@
 // router_logits' products on tensor cores: out (M, N) = (a + a_rest) (M, K) b (N, K)^T (+ bias),
 // with operands of one 16-bit dtype and float32 accumulation.
 //
-// Products of 16-bit numbers are exact in float32, so tensor cores lose nothing but the order of
-// the sum. The logits' gradient is float32: it comes as two bfloat16 matrices, the rounded
-// one and what rounding left, and is multiplied in two passes; 2^-17 of it is lost, of results that
-// are rounded to 2^-9.
+// A product of two 16-bit numbers is exact in float32; tensor cores add up 16 of them at once,
+// almost as exactly as float32 units would, and no more than a slab in one accumulator. The logits'
+// gradient is float32: it comes as two bfloat16 matrices, the rounded one and what rounding left,
+// and is multiplied in two passes; 2^-17 of it is lost, of results that are rounded to 2^-9.
 //
 // A block owns kM x 128 of out, and goes through K by the main loop of
 // grouped_gemm_sm80.cuh. The order of a sum: ascending k within a slab, 16 of them an

@@ -262,6 +262,25 @@ def test_a_token_does_not_depend_on_the_others(dtype, hidden, num_experts):
             assert bits_equal(alone[name], everything[name][part]), name
 
 
+@needs_ops
+@pytest.mark.parametrize("hidden, num_experts", ((520, 4096), (4096, 300)))
+def test_a_token_does_not_depend_on_how_a_sum_is_cut(hidden, num_experts):
+    """On tensor cores: few tiles are cut along K, many are not. Logits of many experts, and dx."""
+    inputs = draw(130, hidden, num_experts, torch.bfloat16, bias=False)
+    cotangent = unit(130, num_experts)
+    many, few = (
+        evaluate(
+            functional.router_logits,
+            inputs | dict(x=inputs["x"][:tokens]),
+            frozen=["weight"],
+            cotangents=dict(output=cotangent[:tokens]),
+        )
+        for tokens in (130, 3)
+    )
+    for name in ("output", "d_x"):
+        assert bits_equal(few[name], many[name][:3]), name
+
+
 def test_only_needed_gradients():
     inputs = draw(10, 8, 3)
     full = evaluate(functional.router_logits, inputs, cotangents=(cotangents := {}))

@@ -115,6 +115,35 @@ def test_long_sums(dtype):
     assert ((weight.grad.double() - oracle).abs() <= 4e-6 * oracle).all()
 
 
+def test_no_token():
+    result = check(0, 8, 3)
+    assert result["output"].shape == (0, 3)
+    assert not result["d_weight"].any() and not result["d_bias"].any()
+
+
+def test_a_float32_bias_keeps_its_digits():
+    """Its gradient is not rounded to the weight's dtype on the way."""
+    inputs = draw(50, 16, 4, torch.bfloat16) | dict(bias=unit(4))
+    result = assert_matches(functional.router_logits, reference.router_logits, inputs)
+    assert result["d_bias"].dtype == torch.float32
+    assert not torch.equal(result["d_bias"], result["d_bias"].bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+def test_not_finite(dtype, value):
+    """They reach the logits of their token, or of their expert, and no other."""
+    inputs = draw(70, 20, 6, dtype, bias=False)
+    clean = functional.router_logits(**inputs)
+    inputs["x"][65, 3] = value
+    inputs["weight"][4, 7] = value
+    logits = functional.router_logits(**inputs)
+    touched = torch.zeros_like(logits, dtype=torch.bool)
+    touched[65] = touched[:, 4] = True
+    assert not logits[touched].isfinite().any()
+    assert bits_equal(logits[~touched], clean[~touched])
+
+
 # ---- on tensor cores ----
 
 
@@ -173,33 +202,27 @@ def test_infinite_gradients(dtype):
     assert result["d_x"].isinf().sum() == result["d_weight"].isinf().sum() == 16
 
 
-def test_no_token():
-    result = check(0, 8, 3)
-    assert result["output"].shape == (0, 3)
-    assert not result["d_weight"].any() and not result["d_bias"].any()
-
-
-def test_a_float32_bias_keeps_its_digits():
-    """Its gradient is not rounded to the weight's dtype on the way."""
-    inputs = draw(50, 16, 4, torch.bfloat16) | dict(bias=unit(4))
-    result = assert_matches(functional.router_logits, reference.router_logits, inputs)
-    assert result["d_bias"].dtype == torch.float32
-    assert not torch.equal(result["d_bias"], result["d_bias"].bfloat16().float())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
-def test_not_finite(dtype, value):
-    """They reach the logits of their token, or of their expert, and no other."""
-    inputs = draw(70, 20, 6, dtype, bias=False)
-    clean = functional.router_logits(**inputs)
-    inputs["x"][65, 3] = value
-    inputs["weight"][4, 7] = value
-    logits = functional.router_logits(**inputs)
-    touched = torch.zeros_like(logits, dtype=torch.bool)
-    touched[65] = touched[:, 4] = True
-    assert not logits[touched].isfinite().any()
-    assert bits_equal(logits[~touched], clean[~touched])
+@needs_ops
+@pytest.mark.parametrize("hidden, num_experts", ((520, 4096), (4096, 300)))
+def test_a_token_does_not_depend_on_how_a_sum_is_cut(hidden, num_experts):
+    """On tensor cores: few tiles are cut along K, many are not. Logits of many experts, and dx, of
+    which a second slab leaves so little that bfloat16 shows the order."""
+    inputs = draw(130, hidden, num_experts, torch.bfloat16, bias=False)
+    cotangent = unit(130, num_experts)
+    cotangent[:, 44:256] = 0
+    cotangent[:, 256:300] = -(1 + 2**-12) * cotangent[:, :44]
+    inputs["weight"][256:300] = inputs["weight"][:44]
+    many, few = (
+        evaluate(
+            functional.router_logits,
+            inputs | dict(x=inputs["x"][:tokens]),
+            frozen=["weight"],
+            cotangents=dict(output=cotangent[:tokens]),
+        )
+        for tokens in (130, 3)
+    )
+    for name in ("output", "d_x"):
+        assert bits_equal(few[name], many[name][:3]), name
 
 
 # ---- tensors as they come ----
@@ -260,29 +283,6 @@ def test_a_token_does_not_depend_on_the_others(dtype, hidden, num_experts):
         alone = evaluate(functional.router_logits, own, cotangents=dict(output=cotangent[part]))
         for name in ("output", "d_x"):
             assert bits_equal(alone[name], everything[name][part]), name
-
-
-@needs_ops
-@pytest.mark.parametrize("hidden, num_experts", ((520, 4096), (4096, 300)))
-def test_a_token_does_not_depend_on_how_a_sum_is_cut(hidden, num_experts):
-    """On tensor cores: few tiles are cut along K, many are not. Logits of many experts, and dx, of
-    which a second slab leaves so little that bfloat16 shows the order."""
-    inputs = draw(130, hidden, num_experts, torch.bfloat16, bias=False)
-    cotangent = unit(130, num_experts)
-    cotangent[:, 44:256] = 0
-    cotangent[:, 256:300] = -(1 + 2**-12) * cotangent[:, :44]
-    inputs["weight"][256:300] = inputs["weight"][:44]
-    many, few = (
-        evaluate(
-            functional.router_logits,
-            inputs | dict(x=inputs["x"][:tokens]),
-            frozen=["weight"],
-            cotangents=dict(output=cotangent[:tokens]),
-        )
-        for tokens in (130, 3)
-    )
-    for name in ("output", "d_x"):
-        assert bits_equal(few[name], many[name][:3]), name
 
 
 def test_only_needed_gradients():
